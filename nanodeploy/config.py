@@ -1,0 +1,86 @@
+"""Every setting, declared once: flags, the YAML file, /server_info and bench headers all derive from `Config`.
+
+Imports nothing heavy: `nanodeploy --help` must answer at once. Environment variables are read here and nowhere else.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanodeploy.errors import ConfigError
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A field with its help. `extra`: choices=(...), positional=True, group="..."."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One engine and its front end. `None` means auto: the runtime resolves it, with a reason, before weights load."""
+
+    # what to serve
+    model: str = option(
+        "demo:qwen3", "checkpoint directory, demo:NAME, or demo:random-NAME (random weights)", positional=True
+    )
+    tokenizer: str | None = option(None, "directory with tokenizer.json, if not the model's own")
+    served_model_name: str | None = option(None, "name clients use; default: the model argument")
+    dtype: str = option(
+        "auto",
+        "compute dtype; auto takes the checkpoint's (float32 on a CPU)",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    load_format: str = option(
+        "auto", "auto reads safetensors; dummy draws random weights", choices=("auto", "safetensors", "dummy")
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, tokens; default: the model's, cut to what fits"
+    )
+    seed: int = option(0, "seed of requests that bring none, and of dummy weights")
+    # the machine
+    device: str = option("auto", "auto takes the GPU when there is one", choices=("auto", "cuda", "cpu"))
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this engine may fill, 0 to 1")
+    kvcache_block_size: int = option(64, "tokens per KV page", choices=(16, 64, 256))
+    num_kvcache_blocks: int | None = option(None, "KV pages; default: measured from free memory after a warm-up step")
+    enforce_eager: bool = option(False, "no torch.compile and no CUDA graphs")
+    kernels: str = option("", "fixed kernels: op=kernel,op=kernel")
+    # scheduling
+    max_num_seqs: int = option(256, "sequences that run at once")
+    max_num_batched_tokens: int = option(8192, "token budget of one step, prefill and decode together")
+    enable_prefix_caching: bool = option(True, "reuse the KV pages of equal prompt prefixes")
+    max_num_waiting: int = option(4096, "requests that may wait; more are refused with 503")
+    max_logprobs: int = option(20, "most log-probabilities per token a request may ask for")
+    # the server
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on")
+    shutdown_timeout: float = option(30.0, "seconds a drain may take after Ctrl-C or SIGTERM")
+    log_level: str = option("info", "log level", choices=("debug", "info", "warning", "error"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def public_name(self) -> str:
+        return self.served_model_name or self.model
+
+    def kernel_overrides(self) -> dict[str, str]:
+        """`--kernels` as op -> kernel. Raises ConfigError on a malformed list."""
+        from_flag = {}
+        for part in filter(None, (p.strip() for p in self.kernels.split(","))):
+            op_name, equals, kernel = part.partition("=")
+            if not equals or not kernel or not op_name:
+                raise ConfigError(f"--kernels {self.kernels}: wanted op=kernel,op=kernel; {part!r} has no kernel.")
+            from_flag[op_name.strip()] = kernel.strip()
+        return from_flag
+
+
+def triton_interpret() -> bool:
+    """Triton's own switch: run kernels in its CPU interpreter. Must be set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cache_dir() -> Path:
+    """Where compile and autotune caches live: NANODEPLOY_CACHE, else ~/.cache/nanodeploy."""
+    return Path(os.environ.get("NANODEPLOY_CACHE") or Path.home() / ".cache" / "nanodeploy")

@@ -1,0 +1,38 @@
+"""What this machine is: the device the kernels meet, its key in measured tables, and how to time on it."""
+
+import functools
+import re
+
+import torch
+
+
+@functools.cache
+def capability() -> int:
+    """Compute capability as one number (90 on Hopper), 0 without a CUDA device."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+@functools.cache
+def key() -> str:
+    """File-name-safe name of the device: `cpu`, `nvidia_h200`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
+
+
+@functools.cache
+def num_sms() -> int:
+    """Streaming multiprocessors; 1 without a CUDA device, where the interpreter is serial anyway."""
+    if not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def satisfies(needs: str) -> bool:
+    """Whether this machine meets `needs`: `cpu`, or `smNN` for at least that compute capability."""
+    if needs == "cpu":
+        return True
+    return capability() >= int(needs.removeprefix("sm"))
