@@ -13,7 +13,7 @@ from nanodeploy.errors import ConfigError
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """A field with its help. `extra`: choices=(...), positional=True, group="..."."""
+    """A field with its help. `extra`: choices=(...), low and high (bounds, included), positional=True."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -36,26 +36,33 @@ class Config:
         "auto", "auto reads safetensors; dummy draws random weights", choices=("auto", "safetensors", "dummy")
     )
     max_model_len: int | None = option(
-        None, "longest prompt plus output, tokens; default: the model's, cut to what fits"
+        None, "longest prompt plus output, tokens; default: the model's, cut to what fits", low=1
     )
-    seed: int = option(0, "seed of requests that bring none, and of dummy weights")
+    seed: int = option(0, "seed of requests that bring none, and of dummy weights", low=-(2**63), high=2**63 - 1)
     # the machine
     device: str = option("auto", "auto takes the GPU when there is one", choices=("auto", "cuda", "cpu"))
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this engine may fill, 0 to 1")
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory this engine may fill, 0 to 1", low=0.01, high=1.0
+    )
     kvcache_block_size: int = option(64, "tokens per KV page", choices=(16, 64, 256))
-    num_kvcache_blocks: int | None = option(None, "KV pages; default: measured from free memory after a warm-up step")
+    num_kvcache_blocks: int | None = option(
+        None, "KV pages; default: measured from free memory after a warm-up step", low=1
+    )
     enforce_eager: bool = option(False, "no torch.compile and no CUDA graphs")
     kernels: str = option("", "fixed kernels: op=kernel,op=kernel")
     # scheduling
-    max_num_seqs: int = option(256, "sequences that run at once")
-    max_num_batched_tokens: int = option(8192, "token budget of one step, prefill and decode together")
+    max_num_seqs: int = option(256, "sequences that run at once", low=1)
+    max_num_batched_tokens: int = option(8192, "token budget of one step, prefill and decode together", low=1)
     enable_prefix_caching: bool = option(True, "reuse the KV pages of equal prompt prefixes")
-    max_num_waiting: int = option(4096, "requests that may wait; more are refused with 503")
-    max_logprobs: int = option(20, "most log-probabilities per token a request may ask for")
+    max_num_waiting: int = option(4096, "requests that may wait; more are refused with 503", low=0)
+    max_logprobs: int = option(20, "most log-probabilities per token a request may ask for", low=0)
     # the server
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on")
-    shutdown_timeout: float = option(30.0, "seconds a drain may take after Ctrl-C or SIGTERM")
+    port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
+    shutdown_timeout: float = option(30.0, "seconds a drain may take after Ctrl-C or SIGTERM", low=0)
+    heartbeat_timeout: float = option(
+        30.0, "seconds without a sign of life from the engine loop before /health says 503", low=0.1
+    )
     log_level: str = option("info", "log level", choices=("debug", "info", "warning", "error"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,3 +91,12 @@ def triton_interpret() -> bool:
 def cache_dir() -> Path:
     """Where compile and autotune caches live: NANODEPLOY_CACHE, else ~/.cache/nanodeploy."""
     return Path(os.environ.get("NANODEPLOY_CACHE") or Path.home() / ".cache" / "nanodeploy")
+
+
+def use_compile_caches() -> None:
+    """Keep what torch.compile and Triton build under cache_dir(), unless the operator put it elsewhere.
+
+    Must run before torch._inductor and triton look, which is on their first compilation.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))

@@ -1,14 +1,19 @@
 """SamplingParams: what a request may ask of the sampler, under the names vLLM's users know."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
+from msgspec.structs import force_setattr, replace
 
 from nanodeploy.errors import RequestError
 
 MAX_N = 128
 MAX_STOPS = 64
 MAX_LOGIT_BIAS = 1024
+# What a model's generation_config.json may set where a request says nothing.
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -38,12 +43,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
+    def __post_init__(self) -> None:
+        """As vLLM's users write it: `stop` may be one string, and both lists of stops may be None."""
+        if not isinstance(self.stop, list):
+            force_setattr(self, "stop", [self.stop] if isinstance(self.stop, str) else list(self.stop or ()))
+        if self.stop_token_ids is None:
+            force_setattr(self, "stop_token_ids", [])
+
+    def nth(self, index: int) -> "SamplingParams":
+        """What the engine sees of one of `n` answers: n=1, a seed of its own, no text; the prompt is scored once."""
+        seed = None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63
+        prompt_logprobs = self.prompt_logprobs if index == 0 else None
+        return replace(self, n=1, seed=seed, stop=[], prompt_logprobs=prompt_logprobs)
+
     def check(self, *, vocab_size: int, max_logprobs: int) -> None:
         """Raise RequestError naming the first parameter out of range. Called at the edge and again by the engine."""
 
         def want(ok: bool, param: str, wanted: str) -> None:
             if not ok:
-                raise RequestError(f"{param} is {getattr(self, param)!r}; wanted {wanted}.", param=param)
+                value = repr(getattr(self, param))
+                shown = value if len(value) <= 100 else value[:100] + "..."
+                raise RequestError(f"{param} is {shown}; wanted {wanted}.", param=param)
 
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             want(math.isfinite(getattr(self, name)), name, "a finite number")
@@ -77,3 +97,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 for token, bias in self.logit_bias.items()
             )
             want(ok, "logit_bias", f"at most {MAX_LOGIT_BIAS} token ids below {vocab_size}, each with -100 to 100")
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a model's generation_config.json sets. An explicit do_sample=false means greedy."""
+    found = {name: generation_config.get(name) for name in MODEL_DEFAULTS}
+    if generation_config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}

@@ -39,9 +39,24 @@ class CasesModule(Protocol):
 
     def cost(self, case: Any) -> Cost: ...
 
-    # Optional: LAWS: list of law(run, case, device, seed) -> None that raise AssertionError, where
-    # run(*args) calls the kernel under test; agrees(args, out, reference_out, case) -> str | None (a complaint)
-    # for ops whose equality is not elementwise; owned(case, args) -> {argument name: bool mask of what may change}.
+    # `make` fills a None of a host-only field at random from its seed; shapes and strides follow from the rest alone,
+    # so that a CUDA graph captured with one call's tensors can be replayed with another's.
+    #
+    # Optional, all read by bench/gate.py:
+    #   LAWS                      list of law(run, case, device, seed) -> None that raise AssertionError; run is the
+    #                             kernel under test
+    #   agrees(args, out, reference_out, case) -> str | None
+    #                             a complaint, for ops whose equality is not elementwise; replaces the error budget
+    #   owned(case, args) -> {argument: bool mask}
+    #                             what of a mutated argument may change; default: what the reference changes
+    #   ROWS                      names of the arguments whose first axis, like every output's, is the batch; by it a
+    #                             `batch_invariant` kernel is held to its word: rows i:i+1 alone, then in the batch
+    #   alone(args) -> list of (args of one row alone, slice of its rows in the outputs)
+    #                             the same where slicing is not enough (varlen); stands above ROWS
+    #   FAR                       a Case whose tensors reach past 2**31 elements; run on GPUs only
+    #   REGIONS                   list of ({axis: value or [low, high]}, [names of POINTS in it]) for measured choices;
+    #                             default: one winner per op
+    #   CAPTURED                  False: no CUDA graph ever runs this op, so a kernel that cannot be captured may be chosen
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

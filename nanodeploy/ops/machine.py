@@ -17,10 +17,10 @@ def capability() -> int:
 
 @functools.cache
 def key() -> str:
-    """File-name-safe name of the device: `cpu`, `nvidia_h200`."""
+    """File-name-safe name of the device, its maker left out: `cpu`, `h200`."""
     if not torch.cuda.is_available():
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_").removeprefix("nvidia_")
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class Op:
     reference: Callable[..., Any]
     mutates: tuple[str, ...]
     kernels: dict[str, Kernel] = field(default_factory=dict)
-    cases: ModuleType | None = None
+    cases: Any = None  # the room's cases.py (a CasesModule), once it is loaded
     override: str | None = None  # --kernels name=...
     decided: dict[Any, Choice] = field(default_factory=dict)
     torch_op: Any = None
@@ -141,9 +140,9 @@ class Op:
             fitting = [k for k in self.kernels.values() if k.needs == "cpu" and k.available() and k.when(case)]
             return Choice(fitting[0], "first that fits") if fitting else Choice(None, "cpu")
         for row in measured(machine.key()).get(self.name, ()):
-            kernel = self.kernels.get(row["kernel"])
-            if kernel and kernel.available() and matches(row.get("where", {}), case) and kernel.when(case):
-                return Choice(kernel, f"measured, {machine.key()}")
+            best = self.kernels.get(row["kernel"])
+            if best and best.available() and matches(row.get("where", {}), case) and best.when(case):
+                return Choice(best, f"measured, {machine.key()}")
         for kernel in self.kernels.values():
             if kernel.requires is None and kernel.available() and kernel.when(case):
                 return Choice(kernel, "first that fits")

@@ -20,6 +20,9 @@ POINTS = {
     "qwen3-0.6b T8192": Case(torch.bfloat16, 8192, 1024),
 }
 
+FAR = Case(torch.bfloat16, 2**19 + 1, 4096)  # addresses past 2**31 elements
+ROWS = ("x",)
+
 
 def of(x: Tensor, weight: Tensor, eps: float) -> Case:
     return Case(x.dtype, x.shape[0], x.shape[1])

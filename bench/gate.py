@@ -1,0 +1,608 @@
+"""The gate: what every kernel of every op must pass before anybody times it. tests/ops runs the same checks.
+
+python -m bench.gate OP [--kernel K] [--cases N]    the verdict on one op's kernels
+python -m bench.gate --all                          all ops; on a GPU it writes bench/results/<machine>/gate.json
+python -m bench.gate --changed                      names the kernels that changed since the newest receipt
+
+Without a GPU the kernels run in Triton's interpreter, on small cases.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench import interpret, receipt  # noqa: F401  before anything that imports triton
+from bench.header import ROOT
+from nanodeploy import ops  # noqa: F401  loads every room into OPS
+from nanodeploy.config import cache_dir, triton_interpret
+from nanodeploy.ops import machine
+from nanodeploy.ops.registry import OPS, Kernel, Op
+
+QUICK, FULL = 16, 48  # drawn cases: while working on a kernel, and for the receipt
+SIZES = ("num_tokens", "num_seqs")  # the fields of a Case that vary between the calls of a running engine
+INNER = 64 * torch.finfo(torch.float32).eps
+CHUNK = 2**26  # elements compared at a time, so that float64 copies stay small
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# ---- what agreement means
+
+
+def disagreement(name: str, got: Tensor, ref: Tensor, truth: Tensor | None) -> str | None:
+    """A complaint if `got` is further from the truth than the reference's own error allows, else None.
+
+    truth is the reference run on float64 copies of the same inputs; ref ran in the working dtype, so ref - truth is the
+    error that the op's own definition makes there. A kernel may sum in another order and round an intermediate to
+    the working dtype, which costs about as much again; it may not be worse in kind:
+      each element:  |got - truth| <= 3 max|ref - truth| of its row + eps rms(truth) of its row + inner (rms + |truth|)
+      the whole:     ||got - truth|| <= 2 ||ref - truth|| + (eps/4 + inner) ||truth||
+    The first line catches one wrong element, the second a small error everywhere. A row is the last axis: rows may
+    differ in scale by orders of magnitude. eps, the dtype's spacing at 1, leaves room where the reference happens to be
+    exact. inner, 64 spacings of fp32, is for the arithmetic inside: what a whole row shares (a norm's scale), and a
+    softmax that multiplies the rounding of its scores by their size. It matters where the dtype is fp32 itself.
+    Integers must be equal; NaN and infinities must stand in the same places.
+    truth None (tensors too large for float64): ref stands for it, with 4 eps rms + eps |ref| and eps ||ref||.
+    """
+    if got.shape != ref.shape or got.dtype != ref.dtype:
+        return f"{name} is {got.dtype} {tuple(got.shape)}; the reference gives {ref.dtype} {tuple(ref.shape)}"
+    if got.numel() == 0:
+        return None
+    width = got.shape[-1] if got.ndim else 1
+    tensors = [t.reshape(-1, width) for t in ((got, ref) if truth is None else (got, ref, truth))]
+    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    sums = torch.zeros(3, dtype=torch.float64, device=got.device)  # of error^2, (ref - truth)^2, truth^2
+    rows_at_once = max(1, CHUNK // width)
+    for first in range(0, tensors[0].shape[0], rows_at_once):
+        part = [t[first : first + rows_at_once] for t in tensors]
+        say = functools.partial(_complaint, name, part, first * width, got.shape)
+        if not got.is_floating_point():
+            if (wrong := part[0] != part[1]).any():
+                return say(wrong, "differ from the reference")
+            continue
+        g, r, known = (part[i].double() for i in (0, 1, -1))
+        for kind, is_kind in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+            if (wrong := is_kind(g) != is_kind(r)).any():
+                return say(wrong, f"are {kind} in one, not in the other")
+        finite = r.isfinite() & known.isfinite()
+        g, r, known = (torch.where(finite, t, 0) for t in (g, r, known))
+        error, own = (g - known).abs(), (r - known).abs()
+        rms = known.square().mean(-1, keepdim=True).sqrt()
+        if truth is None:
+            allowed = eps * known.abs() + 4 * eps * rms
+        else:
+            allowed = 3 * own.amax(-1, keepdim=True) + eps * rms + INNER * (rms + known.abs())
+        if (wrong := error > allowed).any():
+            return say(wrong, "are outside the error budget", error, allowed)
+        sums += torch.stack([t.square().sum() for t in (error, own, known)])
+    error_norm, own_norm, truth_norm = sums.sqrt().tolist()
+    budget = eps * truth_norm if truth is None else 2 * own_norm + (eps / 4 + INNER) * truth_norm
+    if error_norm > budget:
+        return f"{name}: each element is within its budget, but ||error|| {error_norm:.3e} exceeds {budget:.3e}"
+    return None
+
+
+def _complaint(
+    name: str,
+    part: list[Tensor],
+    offset: int,
+    shape: torch.Size,
+    wrong: Tensor,
+    what: str,
+    error: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> str:
+    """How many elements are wrong, and the worst (without an error to go by: the first) with its values."""
+    severity = wrong.int() if error is None or allowed is None else torch.where(wrong, error - allowed, -torch.inf)
+    flat = int(severity.flatten().argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(offset + flat), shape)]
+    values = ", ".join(f"{who} {t.flatten()[flat].item():.7g}" for who, t in zip(("got", "reference", "truth"), part))
+    if error is not None and allowed is not None:
+        values += f"; error {error.flatten()[flat].item():.3e}, allowed {allowed.flatten()[flat].item():.3e}"
+    return f"{name}: {int(wrong.sum())} of {wrong.numel()} elements {what}, as at {index}: {values}"
+
+
+# ---- running one kernel
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (integers: their largest value), so that what was never written shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # determinism is not what is wanted here, nor any word about it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+class CountingBackend:
+    """A torch.compile backend that counts how often it is asked to compile."""
+
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return torch._dynamo.lookup_backend(self.name)(graph, inputs)
+
+
+class Naming:
+    """Adds the case to whatever error leaves the block."""
+
+    def __init__(self, check: str, case: Any, seed: int):
+        self.note = f"check {check}, case {case}, seed {seed}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            error.add_note(self.note)
+
+
+@contextlib.contextmanager
+def forced(op: Op, kernel_name: str | None) -> Iterator[None]:
+    """Inside, the op runs this kernel ("reference": the reference; None: what it would choose by itself)."""
+    before = op.override
+    op.override = kernel_name
+    op.decided.clear()
+    try:
+        yield
+    finally:
+        op.override = before
+        op.decided.clear()
+
+
+def call(op: Op, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
+    """Run on copies of what the op mutates. Returns (what fn returned, everything it made: outputs and mutated)."""
+    mutated = {name: _copy(args[index]) for index, name in enumerate(names(op)) if name in op.mutates}
+    returned = fn(*(mutated.get(name, arg) for name, arg in zip(names(op), args)))
+    outputs = returned if isinstance(returned, (tuple, list)) else () if returned is None else (returned,)
+    labels = ["out"] if len(outputs) == 1 else [f"out[{i}]" for i in range(len(outputs))]
+    return returned, dict(zip(labels, outputs)) | mutated
+
+
+def names(op: Op) -> tuple[str, ...]:
+    """The op's argument names, in order."""
+    return tuple(op.reference.__annotations__)[:-1]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers, so that NaN equals itself."""
+    return tensor.view(BITS[tensor.element_size()])
+
+
+def wide(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Floating tensors as float64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+@dataclass
+class Truth:
+    """What one call should have given: the reference in the working dtype, and on float64 inputs."""
+
+    op: Op
+    case: Any
+    args: tuple[Any, ...]
+    with_float64: bool = True
+    returned: Any = None
+    ref: dict[str, Tensor] = field(default_factory=dict)
+    truth: dict[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.returned, self.ref = call(self.op, self.op.reference, self.args)
+        # An op whose outputs are all judged by the room's own `agrees` needs no budget.
+        if self.with_float64 and not hasattr(self.op.cases, "agrees"):
+            self.truth = call(self.op, self.op.reference, wide(self.args))[1]
+
+    def complaint(self, returned: Any, got: dict[str, Tensor]) -> str | None:
+        """The first thing wrong with a kernel's result, by the room's `agrees` or by the error budget."""
+        if got.keys() != self.ref.keys():
+            return f"returned {', '.join(got)}; the reference returns {', '.join(self.ref)}"
+        agrees = getattr(self.op.cases, "agrees", None)
+        if agrees is not None:
+            return agrees(self.args, returned, self.returned, self.case)
+        for name, tensor in got.items():
+            truth = self.truth[name] if self.truth else None
+            if complaint := disagreement(name, tensor, self.ref[name], truth):
+                return complaint
+        return None
+
+    def stray_write(self, got: dict[str, Tensor]) -> str | None:
+        """What of a mutated argument changed although the room (or else the reference) does not write it."""
+        declared = self.op.cases.owned(self.case, self.args) if hasattr(self.op.cases, "owned") else {}
+        for name in self.op.mutates:
+            before = _bits(self.args[names(self.op).index(name)])
+            after = _bits(got[name])
+            may_change = declared[name] if name in declared else _bits(self.ref[name]) != before
+            stray = (after != before) & ~may_change
+            if stray.any():
+                at = [int(i) for i in torch.unravel_index(stray.flatten().int().argmax(), stray.shape)]
+                return f"poison: wrote {int(stray.sum())} elements of {name} that are not its own, as at {at}"
+        return None
+
+
+def open_case(case: Any) -> Any:
+    """The case without what only the host knows, so that `make` draws it from its seed."""
+    unknown = {f.name: None for f in dataclasses.fields(case) if f.default is None}
+    return dataclasses.replace(case, **unknown)
+
+
+# ---- the checks. Each raises AssertionError, or lets a kernel's own error out.
+
+
+def agreement(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """Right on poisoned memory, in its outputs and in what it mutates; inputs and others' slots stay as they are."""
+    args = op.cases.make(case, device, seed)
+    inputs = {name: a for name, a in zip(names(op), args) if isinstance(a, Tensor) and name not in op.mutates}
+    before = {name: a.clone() for name, a in inputs.items()}
+    with poisoned_memory():
+        returned, got = call(op, kernel.fn, args)
+    for name, tensor in inputs.items():
+        assert torch.equal(_bits(tensor), _bits(before[name])), f"wrote into its input {name}"
+    expected = Truth(op, case, args)
+    assert (stray := expected.stray_write(got)) is None, stray
+    complaint = expected.complaint(returned, got)
+    if complaint and "NaN" in complaint:
+        complaint = f"poison: fresh memory and slots of nobody held NaN, and some was read or returned. {complaint}"
+    assert complaint is None, complaint
+
+
+def laws(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """The room's own laws."""
+    for law in op.cases.LAWS:
+        with Naming(law.__name__, case, seed):
+            law(kernel.fn, case, device, seed)
+
+
+def alone(op: Op, args: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], slice]]:
+    """Every row of a call as a call of its own, with the place of its result in the batch's."""
+    if hasattr(op.cases, "alone"):
+        return op.cases.alone(args)
+    split = [name in op.cases.ROWS for name in names(op)]
+    num_rows = args[split.index(True)].shape[0]
+    return [
+        (tuple(a[i : i + 1] if s and a is not None else a for a, s in zip(args, split)), slice(i, i + 1))
+        for i in range(num_rows)
+    ]
+
+
+def invariance(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """A row's bits are the same alone and in the batch. The first, the last and two rows between are tried."""
+    args = op.cases.make(case, device, seed)
+    rows = alone(op, args)
+    if not rows:
+        return
+    _, whole = call(op, kernel.fn, args)
+    for index in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1}):
+        one_args, place = rows[index]
+        if not kernel.when(op.cases.of(*one_args)):
+            continue
+        for name, one in call(op, kernel.fn, one_args)[1].items():
+            same = torch.equal(_bits(one.contiguous()), _bits(whole[name][place].contiguous()))
+            assert same, f"{name} of row {index} of {len(rows)} has other bits alone than in the batch"
+
+
+def capture(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """Captured once in a CUDA graph and replayed with other values, lengths and pages, it is as right as eager."""
+    first = op.cases.make(case, device, seed)
+    other_case = open_case(case)
+    other = op.cases.make(other_case, device, seed + 1)
+    static = op.cases.make(case, device, seed)
+    for name, a, b in zip(names(op), first, other):
+        same = a.shape == b.shape and a.stride() == b.stride() if isinstance(a, Tensor) else a == b
+        assert same, f"cases.make: {name} has another shape under another seed, so no graph can be replayed"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        kernel.fn(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = kernel.fn(*static)
+    outputs = returned if isinstance(returned, (tuple, list)) else () if returned is None else (returned,)
+    expected = {id(args): Truth(op, c, args) for c, args in ((case, first), (other_case, other))}
+    for replay, args in enumerate((other, first, other)):
+        for static_arg, arg in zip(static, args):
+            if isinstance(arg, Tensor):
+                static_arg.copy_(arg)
+        for out in outputs:
+            out.fill_(torch.nan if out.is_floating_point() else -1)
+        graph.replay()
+        labels = ["out"] if len(outputs) == 1 else [f"out[{i}]" for i in range(len(outputs))]
+        got = dict(zip(labels, outputs)) | {n: a for n, a in zip(names(op), static) if n in op.mutates}
+        complaint = expected[id(args)].complaint(returned, got)
+        assert complaint is None, f"replay {replay} of a CUDA graph: {complaint}"
+
+
+def compiler(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """torch.library.opcheck; torch.compile takes it whole, and takes a second size without compiling again."""
+    bigger = op.cases.make(case, device, seed)
+    sizes = {name: getattr(case, name) - 1 for name in SIZES if hasattr(case, name)}
+    smaller = op.cases.make(dataclasses.replace(open_case(case), **sizes), device, seed)
+    torch._dynamo.reset()
+    # By default two axes of one length are taken for one axis, and a call where they differ compiles again.
+    with forced(op, kernel.name), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        torch.library.opcheck(op.torch_op, bigger)
+        backend = CountingBackend("inductor" if device.type == "cuda" else "aot_eager")
+        compiled = torch.compile(lambda *args: op(*args), backend=backend, fullgraph=True, dynamic=True)
+        call(op, compiled, bigger)
+        once = backend.count
+        result = call(op, compiled, smaller)
+        assert backend.count == once, f"torch.compile compiled again for {op.cases.of(*smaller)}"
+    complaint = Truth(op, op.cases.of(*smaller), smaller).complaint(*result)
+    assert complaint is None, f"compiled: {complaint}"
+    torch._dynamo.reset()
+
+
+def far(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
+    """Addresses past 2**31 elements. No float64 here: the reference alone fills much of the memory."""
+    with _one_at_a_time():
+        args = op.cases.make(case, device, seed)
+        returned, got = call(op, kernel.fn, args)
+        expected = Truth(op, case, args, with_float64=False)
+        assert (stray := expected.stray_write(got)) is None, stray
+        complaint = expected.complaint(returned, got)
+        del args, returned, got, expected
+        torch.cuda.empty_cache()
+    assert complaint is None, complaint
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Gates of several ops run beside each other; what fills the GPU's memory takes turns."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with open(cache_dir() / "gate.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# ---- which cases, which kernels
+
+
+def why_not(kernel: Kernel, device: torch.device) -> str | None:
+    """Why this kernel cannot run here; None if it can."""
+    if kernel.requires and importlib.util.find_spec(kernel.requires) is None:
+        return f"{kernel.requires} is not installed"
+    if device.type == "cuda" or kernel.needs == "cpu":
+        return None if kernel.available() else f"needs {kernel.needs}"
+    if kernel.requires or not kernel.interpretable:
+        return "needs a GPU: Triton's interpreter cannot run it"
+    return None if triton_interpret() else "needs a GPU, or TRITON_INTERPRET=1"
+
+
+def cases(op: Op, kernel: Kernel, device: torch.device) -> st.SearchStrategy:
+    """What the kernel takes, drawn by Hypothesis."""
+    return op.cases.strategy(st, small=device.type != "cuda").filter(kernel.when)
+
+
+def draw(strategy: st.SearchStrategy, count: int, op: Op) -> list[Any]:
+    """`count` distinct cases (fewer if there are fewer), the same in every run, cheapest first.
+
+    The first that fails is then small already. Shrinking is not for a GPU, where one bad access ends the process.
+    """
+    seen: dict[Any, None] = {}
+
+    @settings(
+        max_examples=4 * count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(case: Any) -> None:
+        if len(seen) < count:
+            seen[case] = None
+
+    collect()
+    return sorted(seen, key=lambda case: op.cases.cost(case).num_bytes)
+
+
+def has_two_sizes(case: Any) -> bool:
+    """Whether each axis that varies is long enough for `compiler`: 0 and 1 are sizes that torch.compile singles out."""
+    return all(getattr(case, name) >= 3 for name in SIZES if hasattr(case, name))
+
+
+@dataclass
+class Verdict:
+    """What the gate says of one kernel."""
+
+    op: str
+    kernel: str
+    file: str
+    checks: dict[str, int] = field(default_factory=dict)  # check -> cases that passed
+    not_run: dict[str, str] = field(default_factory=dict)  # check -> why
+    failure: str | None = None
+    trace: str | None = None  # for an error that is not a check's own
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        return "red" if self.failure else "green" if self.checks else "not run"
+
+    def lines(self) -> str:
+        """For a terminal."""
+        name = f"{self.op}/{self.kernel}"
+        if self.verdict == "not run":
+            return f"{name}: not run ({', '.join(sorted(set(self.not_run.values())))})"
+        passed = ", ".join(f"{check} {count}" for check, count in self.checks.items())
+        skipped = "".join(f"\n  not run: {check} ({why})" for check, why in self.not_run.items())
+        if not self.failure:
+            return f"{name}: green in {self.seconds:.1f} s ({passed}){skipped}"
+        trace = f"\n{self.trace}" if self.trace else ""
+        return f"{name}: RED\n  {self.failure}{trace}\n  passed before: {passed or 'nothing'}"
+
+
+def plan(op: Op, kernel: Kernel, device: torch.device, count: int) -> dict[str, list[Any] | str]:
+    """Check -> its cases, or why it is not run. The lesser checks reuse cases, whose kernels are compiled by then."""
+    drawn = draw(cases(op, kernel, device), count, op)
+    some = drawn[:: max(1, len(drawn) // max(4, count // 4))]
+    on_gpu = device.type == "cuda"
+    todo: dict[str, list[Any] | str] = {"agreement": drawn}
+    todo["laws"] = some if getattr(op.cases, "LAWS", None) else "the room has none"
+    if not kernel.batch_invariant:
+        todo["invariance"] = "not declared"
+    else:
+        has_rows = hasattr(op.cases, "ROWS") or hasattr(op.cases, "alone")
+        todo["invariance"] = some if has_rows else "declared, but the room has no ROWS and no alone()"
+    if not getattr(kernel, "capturable", True):
+        todo["capture"] = "declared not capturable"
+    else:
+        todo["capture"] = some if on_gpu else "no GPU"
+    todo["compiler"] = draw(cases(op, kernel, device).filter(has_two_sizes), 1, op)
+    points = [case for case in op.cases.POINTS.values() if kernel.when(open_case(case))]
+    todo["points"] = points if on_gpu else "no GPU"
+    far_case = getattr(op.cases, "FAR", None)
+    if far_case is None or not kernel.when(far_case):
+        todo["far"] = "the room has no FAR" if far_case is None else "the kernel does not take FAR"
+    else:
+        todo["far"] = [far_case] if on_gpu else "no GPU"
+    return todo
+
+
+CHECKS: dict[str, Callable[[Op, Kernel, Any, torch.device, int], None]] = {
+    "agreement": agreement,
+    "laws": laws,
+    "invariance": invariance,
+    "capture": capture,
+    "compiler": compiler,
+    "points": agreement,
+    "far": far,
+}
+
+
+def examine(op: Op, kernel: Kernel, device: torch.device, count: int) -> Verdict:
+    """Every check on `count` drawn cases; stops at the first that fails."""
+    verdict = Verdict(op.name, kernel.name, str(Path(kernel.path).relative_to(ROOT)))
+    if reason := why_not(kernel, device):
+        verdict.not_run = dict.fromkeys(CHECKS, reason)
+        return verdict
+    begin = time.perf_counter()
+    try:
+        for check, todo in plan(op, kernel, device, count).items():
+            if isinstance(todo, str):
+                verdict.not_run[check] = todo
+                continue
+            for seed, case in enumerate(todo):
+                with Naming(check, case, seed):
+                    CHECKS[check](op, kernel, case, device, seed)
+                verdict.checks[check] = seed + 1
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    except Exception as error:  # whatever a kernel does wrong is its verdict
+        verdict.failure = "\n  ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        if not isinstance(error, AssertionError):
+            verdict.trace = "".join(traceback.format_tb(error.__traceback__)[-4:])
+    verdict.seconds = round(time.perf_counter() - begin, 2)
+    return verdict
+
+
+# ---- the commands
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gate(op_name: str, kernel_name: str | None, count: int) -> list[Verdict]:
+    """The verdicts on one kernel, or on all of an op."""
+    op = OPS[op_name]
+    kernels = [op.kernels[kernel_name]] if kernel_name else list(op.kernels.values())
+    return [examine(op, kernel, default_device(), count) for kernel in kernels]
+
+
+def gate_apart(op_name: str, count: int) -> list[Verdict]:
+    """`gate` in a process of its own, so that a kernel that kills its CUDA context kills nothing else."""
+    command = [sys.executable, "-m", "bench.gate", op_name, "--cases", str(count), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode in (0, 1) and done.stdout.strip():
+        return [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
+    why = f"the gate's process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+    paths = {k.name: str(Path(k.path).relative_to(ROOT)) for k in OPS[op_name].kernels.values()}
+    return [Verdict(op_name, name, path, failure=why) for name, path in paths.items()]
+
+
+def gate_all(count: int, workers: int) -> list[Verdict]:
+    """Every op, several at a time: most of the time is Triton compiling."""
+    verdicts: list[Verdict] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(lambda name: gate_apart(name, count), sorted(OPS)):
+            verdicts += found
+            for verdict in found:
+                print(verdict.lines(), flush=True)
+    return verdicts
+
+
+def write_receipt(verdicts: list[Verdict]) -> Path:
+    entries = {
+        f"{v.op}/{v.kernel}": dataclasses.asdict(v) | {"verdict": v.verdict, "hashes": receipt.hashes(ROOT / v.file)}
+        for v in verdicts
+    }
+    return receipt.write(machine.key(), torch.cuda.get_device_name(), entries)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("op", nargs="?", choices=sorted(OPS))
+    parser.add_argument("--kernel", help="only this kernel")
+    parser.add_argument("--cases", type=int, help=f"drawn cases per kernel; default {QUICK}, with --all {FULL}")
+    parser.add_argument("--all", action="store_true", help="every op; on a GPU, write the receipt")
+    parser.add_argument("--changed", action="store_true", help="what changed since the newest receipt; exit status 0")
+    parser.add_argument("--workers", type=int, help="ops at a time with --all; default: a fourth of the cores, 1 to 4")
+    parser.add_argument("--json", action="store_true", help="verdicts as one line of JSON")
+    args = parser.parse_args()
+    if args.changed:
+        for line in receipt.changed():
+            print(f"warning: {line}", file=sys.stderr)
+        return 0
+    if args.all:
+        workers = args.workers or min(4, max(1, (os.cpu_count() or 1) // 4))
+        verdicts = gate_all(args.cases or FULL, workers)
+        if torch.cuda.is_available():
+            print(f"receipt: {write_receipt(verdicts).relative_to(ROOT)}")
+        return int(any(v.failure for v in verdicts))
+    if not args.op:
+        parser.error("name an op, or --all, or --changed")
+    if args.kernel and args.kernel not in OPS[args.op].kernels:
+        parser.error(f"{args.op} has no kernel {args.kernel}; there are {', '.join(OPS[args.op].kernels)}")
+    verdicts = gate(args.op, args.kernel, args.cases or QUICK)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(v) for v in verdicts]))
+    else:
+        for verdict in verdicts:
+            print(verdict.lines())
+    return int(any(v.failure for v in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

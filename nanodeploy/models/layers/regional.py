@@ -1,0 +1,33 @@
+"""Regional compilation: one layer is compiled, and every layer runs it.
+
+Layers of one class share compiled code as long as nothing in them differs but the values of tensors: weights and
+caches are inputs, and a layer holds no number of its own, such as its index. What varies from call to call is the
+number of tokens; it is marked, so that the first call does not fix it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nanodeploy.models.batch import Batch
+
+
+def compile_layers(layers: nn.ModuleList, backend: str | Callable = "inductor") -> None:
+    """Compile on first use: once for a single token, once for any larger number."""
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True)
+
+
+def mark_sizes(batch: Batch, x: Tensor, residual: Tensor, cache: Tensor) -> None:
+    """Say which axes of the first layer's inputs vary; later layers then fit the code that the first one compiled.
+
+    These are the tokens, the pages of the cache (a warm-up runs before they are counted), and the sizes of the
+    per-sequence buffers. An axis of length 1 is left: torch.compile gives it code of its own.
+    """
+    fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    axes = [(t, axis) for t in fields if t is not batch.counts for axis in range(t.ndim)]
+    for tensor, axis in [*axes, (x, 0), (residual, 0), (cache, 0)]:
+        if tensor.shape[axis] > 1:
+            torch._dynamo.mark_dynamic(tensor, axis)

@@ -1,0 +1,77 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanodeploy.ops.case import Cost
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype
+    num_tokens: int
+    out_dim: int  # N
+    in_dim: int  # D
+
+
+QWEN3_8B = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (24576, 4096),
+    "down": (4096, 12288),
+    "lm_head": (151936, 4096),
+}
+
+POINTS = {
+    f"qwen3-8b {name} T{num_tokens}": Case(torch.bfloat16, num_tokens, *shape)
+    for name, shape in QWEN3_8B.items()
+    for num_tokens in (1, 8, 16, 256, 8192)
+    if name != "lm_head" or num_tokens <= 256  # logits of every token of a prompt are nobody's need
+}
+
+
+def _regions() -> list[tuple[dict, list[str]]]:
+    """Each shape's own winner for one token and for a few; elsewhere, what wins over all shapes."""
+    few: list[tuple[int | list[int], tuple[int, ...]]] = [(1, (1,)), ([2, 16], (8, 16))]
+    own = [
+        ({"num_tokens": where, "out_dim": out_dim, "in_dim": in_dim}, [f"qwen3-8b {name} T{t}" for t in points])
+        for where, points in few
+        for name, (out_dim, in_dim) in QWEN3_8B.items()
+    ]
+    all_shapes = [
+        ({"num_tokens": where}, [f"qwen3-8b {name} T{t}" for t in points for name in QWEN3_8B]) for where, points in few
+    ]
+    return [*own, *all_shapes, ({}, [f"qwen3-8b {name} T256" for name in QWEN3_8B])]
+
+
+REGIONS = _regions()
+
+FAR = Case(torch.bfloat16, 1, 2**19 + 1, 4096)  # addresses past 2**31 elements
+
+
+def of(x: Tensor, weight: Tensor) -> Case:
+    return Case(x.dtype, x.shape[0], weight.shape[0], weight.shape[1])
+
+
+def strategy(st, *, small: bool):
+    return st.builds(
+        Case,
+        dtype=st.sampled_from([torch.float16] if small else [torch.bfloat16, torch.float16]),
+        num_tokens=st.integers(1, 17) if small else st.one_of(st.integers(1, 17), st.integers(18, 300)),
+        out_dim=st.sampled_from([1, 16, 63, 64, 80] if small else [1, 63, 64, 1000, 4096, 6144, 24576]),
+        in_dim=st.sampled_from([16, 64, 272] if small else [64, 72, 1000, 3072, 4096, 12288]),
+    )
+
+
+def make(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(case.num_tokens, case.in_dim, generator=g, device=device)
+    # Values as trained weights have: a row's products sum to about one.
+    weight = torch.empty(case.out_dim, case.in_dim, dtype=case.dtype, device=device)
+    weight.normal_(0, case.in_dim**-0.5, generator=g)
+    return x.to(case.dtype), weight
+
+
+def cost(case: Case) -> Cost:
+    num_values = case.num_tokens * (case.in_dim + case.out_dim) + case.in_dim * case.out_dim
+    return Cost(num_values * case.dtype.itemsize, 2 * case.num_tokens * case.in_dim * case.out_dim)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+rope = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+sample = room(__name__)

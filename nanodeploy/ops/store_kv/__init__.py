@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+store_kv = room(__name__)

@@ -1,0 +1,121 @@
+"""Tiny random Qwen3 models made by transformers, and a hand-made paged runner to compare ours with them."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from nanodeploy import catalog
+from nanodeploy.models import registry
+from nanodeploy.models.batch import Batch
+from nanodeploy.ops.layouts import num_pages_for
+
+VOCAB = 300
+
+
+def hf_model(seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    """A transformers model in fp32 whose every weight matters: norm gains are not 1, projections not near zero."""
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.12,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def save(model: Qwen3ForCausalLM, directory: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
+    copy.deepcopy(model).to(dtype).save_pretrained(directory, **options)
+    return directory
+
+
+def load_hf(directory: Path, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    """Not `.to(dtype)`, which would round transformers' rotary frequencies too."""
+    return Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
+
+
+def build(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **options):
+    options = {"load_format": "auto", "seed": 0, **options}
+    return registry.build(catalog.locate(str(directory)), dtype=dtype, device=torch.device(device), **options)
+
+
+class PagedRunner:
+    """Runs a model step by step as the engine would: shuffled pages, NaN where nobody wrote, buffers too long."""
+
+    def __init__(self, model, *, page_size: int, num_pages: int = 80, max_seqs: int = 5, max_len: int = 256, seed=0):
+        weight = next(model.parameters())
+        self.model, self.page_size, self.device = model, page_size, weight.device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.free = torch.randperm(num_pages, generator=self.generator).tolist()
+        self.pages: dict[str, list[int]] = {}
+        self.lengths: dict[str, int] = {}
+        self.max_seqs, self.max_pages = max_seqs, num_pages_for(max_len, page_size)
+        self.caches = [
+            torch.full(need.layout(page_size, weight.dtype).shape(num_pages), float("nan"), dtype=weight.dtype)
+            for need in model.cache_needs()
+        ]
+        self.caches = [cache.to(self.device) for cache in self.caches]
+
+    def batch(self, decodes: dict[str, int], chunks: dict[str, list[int]], padding: int = 0) -> Batch:
+        """The Batch of one step, in which every token's logits are wanted; takes pages as they are needed."""
+        work = {**{name: [token] for name, token in decodes.items()}, **chunks}
+        table = torch.randint(0, 10**6, (self.max_seqs, self.max_pages), generator=self.generator, dtype=torch.int32)
+        kv_lens = torch.zeros(self.max_seqs, dtype=torch.int32)
+        cu_q_lens = torch.zeros(self.max_seqs + 1, dtype=torch.int32)
+        tokens, positions, slots = [], [], []
+        for row, (name, new) in enumerate(work.items()):
+            begin = self.lengths.get(name, 0)
+            end = self.lengths[name] = begin + len(new)
+            pages = self.pages.setdefault(name, [])
+            while len(pages) < num_pages_for(end, self.page_size):
+                pages.append(self.free.pop())
+            table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            kv_lens[row] = end
+            if row >= len(decodes):
+                cu_q_lens[row - len(decodes) + 1] = cu_q_lens[row - len(decodes)] + len(new)
+            tokens += new
+            positions += range(begin, end)
+            slots += [pages[p // self.page_size] * self.page_size + p % self.page_size for p in range(begin, end)]
+        long = {"dtype": torch.int64, "device": self.device}
+        return Batch(
+            tokens=torch.tensor(tokens + [0] * padding, **long),
+            positions=torch.tensor(positions + [0] * padding, **long),
+            slots=torch.tensor(slots + [-1] * padding, **long),
+            page_table=table.to(self.device),
+            kv_lens=kv_lens.to(self.device),
+            cu_q_lens=cu_q_lens.to(self.device),
+            counts=torch.tensor([len(decodes), len(chunks)], dtype=torch.int32),
+            logit_rows=torch.arange(len(tokens), **long),
+        )
+
+    def step(
+        self, decodes: dict[str, int] | None = None, chunks: dict[str, list[int]] | None = None, padding: int = 0
+    ) -> dict[str, Tensor]:
+        """Logits of every token of the step, [tokens, V] per sequence, fp32 on the CPU."""
+        decodes, chunks = decodes or {}, chunks or {}
+        with torch.inference_mode():
+            hidden = self.model(self.batch(decodes, chunks, padding), self.caches)
+            logits = self.model.logits(hidden).float().cpu()
+        sizes = [1] * len(decodes) + [len(chunk) for chunk in chunks.values()]
+        return dict(zip([*decodes, *chunks], logits.split(sizes), strict=True))
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Worst row of largest difference over largest value."""
+    return ((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max().item()

@@ -1,0 +1,195 @@
+"""The benches' own arithmetic: the workload, the floors, idle time, the HTTP client and its report."""
+
+import asyncio
+import json
+import math
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import header, offline, serve
+from nanodeploy.config import Config
+
+H200 = types.SimpleNamespace(copy_bytes_per_s=4257e9, bf16_flops_per_s=767e12)
+
+
+def test_the_workload_is_the_peers():
+    """The totals that every published figure of W was measured on."""
+    prompts, params = offline.workload(256, 10000)
+    assert sum(map(len, prompts)) == 142_827
+    assert sum(p.max_tokens for p in params) == 133_966
+    assert all(100 <= len(p) <= 1024 for p in prompts) and all(100 <= p.max_tokens <= 1024 for p in params)
+    assert all(p.ignore_eos and p.temperature == 0.6 for p in params)
+
+
+def test_floors_of_qwen3_8b():
+    """Against the figures worked out by hand for this shape: 15.1 GB of weights, 3.55 ms, 13.4 ms, 10.4 s."""
+    work = offline.Work.of(Config(model="demo:random-qwen3-8b"), torch.bfloat16)
+    assert work.weight_bytes == pytest.approx(15.1e9, rel=0.01)
+    assert work.kv_token_bytes == 36 * 2 * 8 * 128 * 2
+    assert work.decode_floor_s(1, 1000, H200) == pytest.approx(3.58e-3, rel=0.01)
+    assert work.decode_floor_s(256, 1100, H200) == pytest.approx(13.4e-3, rel=0.02)
+    prompts, params = offline.workload(256, 10000)
+    floor_s = work.workload_floor_s([len(p) for p in prompts], [p.max_tokens for p in params], H200)
+    assert floor_s == pytest.approx(10.4, rel=0.05)
+
+
+def test_tied_models_read_their_embedding_once():
+    work = offline.Work.of(Config(model="demo:random-qwen3-0.6b"), torch.bfloat16)
+    assert work.weight_bytes == pytest.approx(2 * 0.596e9, rel=0.01)
+    assert work.layer_flops + work.head_flops == pytest.approx(work.weight_bytes, rel=0.01)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 6))
+def test_busy_time_is_the_union(intervals, min_gap):
+    covered = {t for start, length in intervals for t in range(start, start + length)}
+    begin, end = min(s for s, _ in intervals), max(s + n for s, n in intervals)
+    busy, gaps = offline.busy_and_gaps([(s, s + n) for s, n in intervals], min_gap)
+    assert busy == len(covered)
+    assert gaps <= end - begin - busy
+    if min_gap == 1:
+        assert gaps == end - begin - busy
+
+
+def test_kernel_intervals_reads_a_trace():
+    events = [
+        {"cat": "kernel", "ph": "X", "ts": 10.0, "dur": 5.0},
+        {"cat": "gpu_memcpy", "ph": "X", "ts": 20.0, "dur": 1.0},
+        {"cat": "cuda_runtime", "ph": "X", "ts": 0.0, "dur": 99.0},
+        {"cat": "kernel", "ph": "s", "ts": 0.0},
+    ]
+    assert offline.kernel_intervals({"traceEvents": events}) == [(10.0, 15.0), (20.0, 21.0)]
+
+
+def test_the_table_tells_who_is_ahead():
+    config = Config(model="demo:random-qwen3-8b")
+    rows = [
+        offline.Row("W", 9065 * 1.1, "tok/s", floor=12000, peer_key=("w_output_tok_s",)),
+        offline.Row("TPOT, batch 1", 5.24 / 1.25, "ms", floor=3.55, peer_key=("tpot_ms", "1")),
+        offline.Row("prefill 9x9", 1.0, "tok/s", peer_key=("prefill_tok_s", "9x9")),
+    ]
+    lines = offline.table(rows, offline.peers_of(config)).splitlines()
+    assert "vllm 0.24.0" in lines[0]
+    assert "1.10" in lines[1].split() and "1.25" in lines[2].split()
+    assert lines[3].split() == ["prefill", "9x9,", "tok/s", "1"]
+    assert offline.peers_of(Config(model="demo:qwen3")) == {}
+
+
+def test_results_carry_their_header(tmp_path):
+    path = tmp_path / "deep" / "out.json"
+    header.write_json(path, {"x": 1}, commit="abc")
+    written = json.loads(path.read_text())
+    assert written["x"] == 1 and written["header"]["commit"] == "abc"
+    assert written["header"]["versions"]["torch"] == torch.__version__
+    assert len(written["header"]["sources_sha256"]) == 64 and list(path.parent.iterdir()) == [path]
+
+
+# bench.serve against a server that sends what each test says
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30), st.floats(0, 100))
+def test_percentiles(values, percent):
+    got = serve.percentile(values, percent)
+    assert min(values) <= got <= max(values)
+    assert math.isclose(
+        got, torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100).item(), rel_tol=1e-9, abs_tol=1e-9
+    )
+
+
+def arguments(*flags):
+    return serve.parser().parse_args([*flags])
+
+
+def test_work_is_the_seeds():
+    args = arguments("--num-prompts", "50", "--request-rate", "10", "--input-len", "3-9", "--output-len", "4")
+    works = serve.make_work(args)
+    assert works == serve.make_work(args)
+    assert all(3 <= len(w.prompt) <= 9 and w.output_tokens == 4 for w in works)
+    assert works[0].at_s == 0 and 2 < works[-1].at_s < 10
+    assert {w.at_s for w in serve.make_work(arguments("--num-prompts", "5"))} == {0.0}
+
+
+async def answer(body, respond, **changes):
+    """Serve one connection with `respond(writer, request)`, and send one completion to it."""
+
+    async def connected(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await respond(writer, json.loads(await reader.readexactly(length)))
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        target = serve.Target("127.0.0.1", server.sockets[0].getsockname()[1], "m")
+        return await serve.complete(target, body, 0.5)
+
+
+def chunked(*pieces):
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in [*pieces, b""])
+
+
+OK = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+USAGE = b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\ndata: [DONE]\n\n'
+TOKEN = b'data: {"choices":[{"text":"","finish_reason":null}],"usage":null}\n\n'
+
+
+def test_a_stream_is_timed():
+    asked = {}
+
+    async def respond(writer, request):
+        asked.update(request)
+        writer.write(OK + chunked(TOKEN[:9])[:-5])
+        await asyncio.sleep(0.05)
+        writer.write(chunked(TOKEN[9:])[:-5])  # the first token, cut in two
+        await asyncio.sleep(0.1)
+        writer.write(chunked(b": keep-alive\n\n" + TOKEN + TOKEN, USAGE))
+
+    outcome = asyncio.run(answer(serve.Work(0, [1, 2], 3), respond))
+    assert outcome.error is None and (outcome.num_prompt, outcome.num_output) == (2, 3)
+    assert outcome.ttft_s >= 0.05 and outcome.latency_s >= 0.15
+    assert len(outcome.itl_s) == 2 and outcome.itl_s[0] >= 0.09 > outcome.itl_s[1]
+    assert outcome.tpot_s == pytest.approx((outcome.latency_s - outcome.ttft_s) / 2)
+    assert asked["prompt"] == [1, 2] and asked["max_tokens"] == 3 and asked["stream"] and asked["ignore_eos"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (b'HTTP/1.1 503 Busy\r\ncontent-length: 5\r\n\r\n{"e"}', "HTTP 503"),
+        (OK + chunked(TOKEN, b'data: {"error":{"message":"dead"}}\n\n'), "dead"),
+        (OK + chunked(TOKEN, TOKEN)[:-5], "IncompleteRead"),
+        (OK + chunked(TOKEN, USAGE.replace(b"3", b"2")), "asked for 3 tokens, got 2"),
+        (b"", "IncompleteRead"),
+    ],
+    ids=["status", "error event", "cut off", "too few", "hung up"],
+)
+def test_failures_are_counted(reply, why):
+    async def respond(writer, request):
+        writer.write(reply)
+
+    outcome = asyncio.run(answer(serve.Work(0, [1], 3), respond))
+    assert outcome.error and why in outcome.error
+    summary = serve.summarize([outcome], 1.0, {})
+    assert (summary["successful"], summary["failed"], summary["output_tokens"]) == (0, 1, 0)
+    assert why in summary["first_error"]
+
+
+def test_the_summary_and_its_block():
+    fast = serve.Outcome(10, num_output=5, ttft_s=0.1, latency_s=0.5, itl_s=[0.1] * 4)
+    slow = serve.Outcome(20, num_output=5, ttft_s=0.3, latency_s=1.5, itl_s=[0.3] * 4)
+    summary = serve.summarize([fast, slow], 2.0, dict(map(serve.limit, ["ttft:200", "tpot:150"])))
+    assert summary["output_tokens_per_s"] == 5 and summary["total_tokens_per_s"] == 20
+    assert summary["goodput_per_s"] == 0.5
+    assert summary["ttft_ms"]["mean"] == pytest.approx(200) and summary["tpot_ms"]["median"] == pytest.approx(200)
+    block = serve.block(summary)
+    for line in ("Successful requests:", "Request goodput (req/s):", "Mean TTFT (ms):", "P99 ITL (ms):"):
+        assert line in block
+    assert len({len(line) for line in block.splitlines()}) == 1
+
+
+def test_a_busy_client_says_so():
+    assert serve.ClientLoad(0.3, 0.004).complaint is None
+    assert "client was the bottleneck" in serve.ClientLoad(0.95, 0.004).complaint
