@@ -1,5 +1,5 @@
 # The verbs. Each makes the environment it needs, once; the second call starts at once and needs no network.
-#   make serve [MODEL=demo:qwen3] [ARGS="--port 9000"]     make bench [MODEL=demo:random-qwen3-8b] [ARGS=...]
+#   make serve [MODEL=demo:qwen3] [ARGS="--port 9000"]     make bench [MODEL=...] [ARGS="--tests decode"]
 #   make test  [ARGS="tests/test_llm.py -x"]               make check
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,14 +14,17 @@ help:
 serve: $(VENV)/.user
 	$(BIN)/nanodeploy serve $(MODEL) $(ARGS)
 
+# One thread per process: the models are tiny, and some tests run several servers side by side.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 	-@$(BIN)/python -m bench.gate --changed
 
-bench: $(VENV)/.user
+# A model that the machine can carry, unless MODEL says otherwise.
+bench: MODEL = $(if $(shell command -v nvidia-smi),demo:random-qwen3-8b,demo:qwen3)
+bench: $(VENV)/.dev
 	$(BIN)/python -m bench.offline $(MODEL) $(ARGS)
 
 # torch first: the system's own where it is new enough (a GPU image has the build that fits its driver; a venv's torch

@@ -43,6 +43,7 @@ QUICK, FULL = 16, 48  # drawn cases: while working on a kernel, and for the rece
 SIZES = ("num_tokens", "num_seqs")  # the fields of a Case that vary between the calls of a running engine
 INNER = 64 * torch.finfo(torch.float32).eps
 CHUNK = 2**26  # elements compared at a time, so that float64 copies stay small
+TIMEOUT_S = 900  # for one process of --all
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -179,9 +180,14 @@ def call(op: Op, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, di
     """Run on copies of what the op mutates. Returns (what fn returned, everything it made: outputs and mutated)."""
     mutated = {name: _copy(args[index]) for index, name in enumerate(names(op)) if name in op.mutates}
     returned = fn(*(mutated.get(name, arg) for name, arg in zip(names(op), args)))
-    outputs = returned if isinstance(returned, (tuple, list)) else () if returned is None else (returned,)
-    labels = ["out"] if len(outputs) == 1 else [f"out[{i}]" for i in range(len(outputs))]
-    return returned, dict(zip(labels, outputs)) | mutated
+    return returned, outputs(returned) | mutated
+
+
+def outputs(returned: Any) -> dict[str, Tensor]:
+    """What an op returned, by name: nothing, `out`, or `out[0]`, `out[1]`, ..."""
+    if isinstance(returned, (tuple, list)):
+        return {f"out[{i}]": tensor for i, tensor in enumerate(returned)}
+    return {} if returned is None else {"out": returned}
 
 
 def names(op: Op) -> tuple[str, ...]:
@@ -326,17 +332,15 @@ def capture(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         returned = kernel.fn(*static)
-    outputs = returned if isinstance(returned, (tuple, list)) else () if returned is None else (returned,)
     expected = {id(args): Truth(op, c, args) for c, args in ((case, first), (other_case, other))}
     for replay, args in enumerate((other, first, other)):
         for static_arg, arg in zip(static, args):
             if isinstance(arg, Tensor):
                 static_arg.copy_(arg)
-        for out in outputs:
+        for out in outputs(returned).values():
             out.fill_(torch.nan if out.is_floating_point() else -1)
         graph.replay()
-        labels = ["out"] if len(outputs) == 1 else [f"out[{i}]" for i in range(len(outputs))]
-        got = dict(zip(labels, outputs)) | {n: a for n, a in zip(names(op), static) if n in op.mutates}
+        got = outputs(returned) | {n: a for n, a in zip(names(op), static) if n in op.mutates}
         complaint = expected[id(args)].complaint(returned, got)
         assert complaint is None, f"replay {replay} of a CUDA graph: {complaint}"
 
@@ -470,10 +474,12 @@ def plan(op: Op, kernel: Kernel, device: torch.device, count: int) -> dict[str, 
     todo["laws"] = some if getattr(op.cases, "LAWS", None) else "the room has none"
     if not kernel.batch_invariant:
         todo["invariance"] = "not declared"
+    elif op.mutates:
+        todo["invariance"] = "it returns no rows"
     else:
         has_rows = hasattr(op.cases, "ROWS") or hasattr(op.cases, "alone")
         todo["invariance"] = some if has_rows else "declared, but the room has no ROWS and no alone()"
-    if not getattr(kernel, "capturable", True):
+    if not kernel.capturable:
         todo["capture"] = "declared not capturable"
     else:
         todo["capture"] = some if on_gpu else "no GPU"
@@ -499,8 +505,8 @@ CHECKS: dict[str, Callable[[Op, Kernel, Any, torch.device, int], None]] = {
 }
 
 
-def examine(op: Op, kernel: Kernel, device: torch.device, count: int) -> Verdict:
-    """Every check on `count` drawn cases; stops at the first that fails."""
+def examine(op: Op, kernel: Kernel, device: torch.device, count: int, shard: int = 0, num_shards: int = 1) -> Verdict:
+    """Every check on its cases (on this shard's share of them); stops at the first that fails."""
     verdict = Verdict(op.name, kernel.name, str(Path(kernel.path).relative_to(ROOT)))
     if reason := why_not(kernel, device):
         verdict.not_run = dict.fromkeys(CHECKS, reason)
@@ -511,12 +517,14 @@ def examine(op: Op, kernel: Kernel, device: torch.device, count: int) -> Verdict
             if isinstance(todo, str):
                 verdict.not_run[check] = todo
                 continue
-            for seed, case in enumerate(todo):
-                with Naming(check, case, seed):
-                    CHECKS[check](op, kernel, case, device, seed)
-                verdict.checks[check] = seed + 1
+            verdict.checks[check] = 0
+            for seed in range(shard, len(todo), num_shards):
+                with Naming(check, todo[seed], seed):
+                    CHECKS[check](op, kernel, todo[seed], device, seed)
+                verdict.checks[check] += 1
             if device.type == "cuda":
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
     except Exception as error:  # whatever a kernel does wrong is its verdict
         verdict.failure = "\n  ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
         if not isinstance(error, AssertionError):
@@ -532,32 +540,50 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def gate(op_name: str, kernel_name: str | None, count: int) -> list[Verdict]:
+def gate(op_name: str, kernel_name: str | None, count: int, shard: int = 0, num_shards: int = 1) -> list[Verdict]:
     """The verdicts on one kernel, or on all of an op."""
     op = OPS[op_name]
     kernels = [op.kernels[kernel_name]] if kernel_name else list(op.kernels.values())
-    return [examine(op, kernel, default_device(), count) for kernel in kernels]
+    return [examine(op, kernel, default_device(), count, shard, num_shards) for kernel in kernels]
 
 
-def gate_apart(op_name: str, count: int) -> list[Verdict]:
+def gate_apart(op_name: str, count: int, shard: int, num_shards: int) -> list[Verdict]:
     """`gate` in a process of its own, so that a kernel that kills its CUDA context kills nothing else."""
-    command = [sys.executable, "-m", "bench.gate", op_name, "--cases", str(count), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode in (0, 1) and done.stdout.strip():
-        return [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
-    why = f"the gate's process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+    share = ["--cases", str(count), "--shard", f"{shard}/{num_shards}"]
+    command = [sys.executable, "-m", "bench.gate", op_name, *share, "--json"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        why = f"the gate of {op_name} did not end in {TIMEOUT_S} s: a kernel hangs, or waits for another program"
+    else:
+        if done.returncode in (0, 1) and done.stdout.strip():
+            return [Verdict(**verdict) for verdict in json.loads(done.stdout.splitlines()[-1])]
+        why = f"the gate's process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
     paths = {k.name: str(Path(k.path).relative_to(ROOT)) for k in OPS[op_name].kernels.values()}
     return [Verdict(op_name, name, path, failure=why) for name, path in paths.items()]
 
 
-def gate_all(count: int, workers: int) -> list[Verdict]:
-    """Every op, several at a time: most of the time is Triton compiling."""
-    verdicts: list[Verdict] = []
+def merge(shares: list[Verdict]) -> Verdict:
+    """One kernel's verdict from those of its shards."""
+    first = next((v for v in shares if v.failure), shares[0])
+    checks = {check: sum(v.checks.get(check, 0) for v in shares) for check in CHECKS if check not in first.not_run}
+    seconds = round(sum(v.seconds for v in shares), 2)
+    return dataclasses.replace(first, checks=checks if any(v.checks for v in shares) else {}, seconds=seconds)
+
+
+def gate_all(count: int, workers: int, num_shards: int) -> list[Verdict]:
+    """Every op, several processes at a time: most of the time is Triton compiling. Seconds are summed over shards."""
+    jobs = [(name, count, shard, num_shards) for name in sorted(OPS) for shard in range(num_shards)]
+    shares: dict[tuple[str, str], list[Verdict]] = {}
+    verdicts = []
     with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(lambda name: gate_apart(name, count), sorted(OPS)):
-            verdicts += found
+        for found in pool.map(lambda job: gate_apart(*job), jobs):
             for verdict in found:
-                print(verdict.lines(), flush=True)
+                mine = shares.setdefault((verdict.op, verdict.kernel), [])
+                mine.append(verdict)
+                if len(mine) == num_shards:
+                    verdicts.append(merge(mine))
+                    print(verdicts[-1].lines(), flush=True)
     return verdicts
 
 
@@ -578,7 +604,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help=f"drawn cases per kernel; default {QUICK}, with --all {FULL}")
     parser.add_argument("--all", action="store_true", help="every op; on a GPU, write the receipt")
     parser.add_argument("--changed", action="store_true", help="what changed since the newest receipt; exit status 0")
-    parser.add_argument("--workers", type=int, help="ops at a time with --all; default: a fourth of the cores, 1 to 4")
+    parser.add_argument(
+        "--workers", type=int, help="processes at a time with --all; default: half the cores, 8 at most"
+    )
+    parser.add_argument("--shard", default="0/1", help="I/N: only every N-th case, from case I on")
     parser.add_argument("--json", action="store_true", help="verdicts as one line of JSON")
     args = parser.parse_args()
     if args.changed:
@@ -586,16 +615,17 @@ def main() -> int:
             print(f"warning: {line}", file=sys.stderr)
         return 0
     if args.all:
-        workers = args.workers or min(4, max(1, (os.cpu_count() or 1) // 4))
-        verdicts = gate_all(args.cases or FULL, workers)
+        workers = args.workers or min(8, max(1, (os.cpu_count() or 1) // 2))
+        verdicts = gate_all(args.cases or FULL, workers, num_shards=4 if torch.cuda.is_available() else 1)
         if torch.cuda.is_available():
-            print(f"receipt: {write_receipt(verdicts).relative_to(ROOT)}")
+            print(f"receipt: {write_receipt(verdicts)}")
         return int(any(v.failure for v in verdicts))
     if not args.op:
         parser.error("name an op, or --all, or --changed")
     if args.kernel and args.kernel not in OPS[args.op].kernels:
         parser.error(f"{args.op} has no kernel {args.kernel}; there are {', '.join(OPS[args.op].kernels)}")
-    verdicts = gate(args.op, args.kernel, args.cases or QUICK)
+    shard, num_shards = (int(n) for n in args.shard.split("/"))
+    verdicts = gate(args.op, args.kernel, args.cases or QUICK, shard, num_shards)
     if args.json:
         print(json.dumps([dataclasses.asdict(v) for v in verdicts]))
     else:

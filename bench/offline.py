@@ -343,8 +343,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--tests", type=listed(str), default=["w", "decode", "prefill"], help="of w,decode,prefill,idle")
-    made.add_argument("--batches", type=listed(int), default=[1, 8, 64, 256], help="of the decode test")
-    made.add_argument("--num-requests", type=int, default=NUM_REQUESTS, help="of W; peers are shown for 256 only")
+    sizes = (NUM_REQUESTS, [1, 8, 64, 256]) if torch.cuda.is_available() else (8, [1, 8])
+    made.add_argument("--batches", type=listed(int), default=sizes[1], help="of the decode test [%(default)s]")
+    made.add_argument("--num-requests", type=int, default=sizes[0], help="of W; peers are shown for 256 [%(default)s]")
     made.add_argument("--prefill-len", type=int, default=16384, help="of the prefill test, cut to what the model takes")
     made.add_argument("--repeat", type=int, default=1, help="runs of W; the best counts")
     made.add_argument("--idle", action="store_true", help="the idle test too")

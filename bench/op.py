@@ -69,7 +69,7 @@ def make_row(point: str, kernel: str, op: Op, case: Any, timing: Timing, ceiling
 
 def roofline(op: Op, contenders: list[Kernel], ceilings: Limits) -> tuple[list[Row], list[str]]:
     """(every contender at every point of the room, remarks). Rows of a point stand together."""
-    device = torch.device("cuda")
+    device = gate.default_device()
     rows: list[Row] = []
     remarks = []
     for point, case in op.cases.POINTS.items():
@@ -79,8 +79,7 @@ def roofline(op: Op, contenders: list[Kernel], ceilings: Limits) -> tuple[list[R
             if not kernel.when(op.cases.of(*sets[0])):
                 continue
             try:
-                graph = getattr(kernel, "capturable", True)
-                timing = time_call(kernel.fn, sets, cost.num_bytes, graph=graph)
+                timing = time_call(kernel.fn, sets, cost.num_bytes, graph=kernel.capturable)
             except (RuntimeError, OSError) as error:
                 if kernel.requires is None:
                     raise
@@ -181,26 +180,28 @@ def limits_line(ceilings: Limits) -> str:
 
 
 def study(op: Op, kernel_name: str | None, base: str | None, count: int) -> Report:
-    """Gate, roofline, slice of one op, or of one of its kernels beside the others."""
+    """Gate and roofline of one op, or of one of its kernels beside the others."""
     report = Report(op.name, gate.gate(op.name, kernel_name, count))
     if report.red or not torch.cuda.is_available():
         return report
     named = [op.kernels[kernel_name]] if kernel_name else list(op.kernels.values())
-    contenders = [*named, *([at_revision(op, named[0], base)] if base else [])]
-    contenders += [k for k in op.kernels.values() if k not in named]
-    for kernel in list(contenders):
-        if reason := gate.why_not(kernel, torch.device("cuda")):
-            report.remarks.append(f"{kernel.name} is not a contender: {reason}")
-            contenders.remove(kernel)
-    report.rows, remarks = roofline(op, contenders, limits())
-    report.remarks += remarks
+    past = [at_revision(op, named[0], base)] if base else []
+    measure(report, op, [*named, *past, *(k for k in op.kernels.values() if k not in named)])
     return report
+
+
+def measure(report: Report, op: Op, contenders: list[Kernel]) -> None:
+    """The roofline of those that can run here, and a remark on each that cannot."""
+    reasons = {kernel.name: gate.why_not(kernel, gate.default_device()) for kernel in contenders}
+    report.remarks += [f"{name} is not a contender: {reason}" for name, reason in reasons.items() if reason]
+    report.rows, remarks = roofline(op, [k for k in contenders if not reasons[k.name]], limits())
+    report.remarks += remarks
 
 
 def add_slice(report: Report, kernel_names: list[str]) -> None:
     op = OPS[report.op]
-    here = [name for name in kernel_names if gate.why_not(op.kernels[name], torch.device("cuda")) is None]
-    report.steps, remarks = Model(torch.device("cuda")).compare(op.name, here)
+    here = [name for name in kernel_names if gate.why_not(op.kernels[name], gate.default_device()) is None]
+    report.steps, remarks = Model(gate.default_device()).compare(op.name, here)
     report.remarks += remarks
 
 
@@ -210,15 +211,10 @@ def add_slice(report: Report, kernel_names: list[str]) -> None:
 def choices(op: Op, rows: list[Row]) -> list[dict[str, Any]]:
     """Rows for nanodeploy/ops/choices: in each region of the room, the fastest over its points (geometric mean).
 
-    Only kernels that run at all points of a region count; where an op is part of captured steps (the room's CAPTURED,
-    true unless said), only those that can be captured. Empty for an op with one contender: there is nothing to choose.
+    Only kernels that run at all points of a region count. A winner that no CUDA graph can hold is followed by the
+    fastest that one can, which dispatch takes while it captures. Empty for an op with one contender.
     """
-    captured = getattr(op.cases, "CAPTURED", True)
-    us = {
-        (row.kernel, row.point): row.us
-        for row in rows
-        if row.kernel in op.kernels and (getattr(op.kernels[row.kernel], "capturable", True) or not captured)
-    }
+    us = {(row.kernel, row.point): row.us for row in rows if row.kernel in op.kernels}
     names = list(dict.fromkeys(kernel for kernel, _ in us))
     if len(names) < 2:
         return []
@@ -229,10 +225,11 @@ def choices(op: Op, rows: list[Row]) -> list[dict[str, Any]]:
             for name in names
             if all((name, point) in us for point in points)
         }
-        if means:
-            winner, *others = sorted(means, key=lambda name: means[name])
-            lead = {name: round(means[name] / means[winner], 3) for name in others}
-            found.append({"where": where, "kernel": winner, "slower_by": lead})
+        ranked = sorted(means, key=lambda name: means[name])
+        winners = [*ranked[:1], *[name for name in ranked if op.kernels[name].capturable][:1]]
+        for winner in dict.fromkeys(winners):
+            slower_by = {name: round(means[name] / means[winner], 3) for name in ranked if name != winner}
+            found.append({"where": where, "kernel": winner, "slower_by": slower_by})
     return found
 
 
@@ -297,21 +294,12 @@ def run_all(args: argparse.Namespace) -> int:
                 report.remarks.append(f"{verdict.kernel} is red, so it has no numbers")
         red = {v.kernel for v in verdicts if v.failure}
         if on_gpu:
-            fit = [k for k in kernels if k.name not in red and gate.why_not(k, torch.device("cuda")) is None]
-            report.rows, remarks = roofline(op, fit, limits())
-            report.remarks += remarks
-            report.remarks += [
-                f"{k.name} is not a contender: {gate.why_not(k, torch.device('cuda'))}"
-                for k in kernels
-                if gate.why_not(k, torch.device("cuda"))
-            ]
+            measure(report, op, [k for k in kernels if k.name not in red])
     if args.json:
         print(json.dumps({"header": header.header(), "ops": [r.to_dict() for r in reports]}, default=str))
     if on_gpu:
-        for path in write_results(reports):
-            print(path.relative_to(header.ROOT), file=sys.stderr)
-        if args.write_choices:
-            print(write_choices(reports).relative_to(header.ROOT), file=sys.stderr)
+        for path in (*write_results(reports), *([write_choices(reports)] if args.write_choices else [])):
+            print(f"wrote {path}", file=sys.stderr)
     elif not args.json:
         print("No roofline: this machine has no GPU. The gate ran in Triton's interpreter.")
     return int(any(r.red for r in reports))
@@ -324,9 +312,7 @@ def write_results(reports: list[Report]) -> tuple[Path, Path]:
     numbers = {"limits": dataclasses.asdict(ceilings), "ops": [r.to_dict() for r in reports]}
     header.write_json(folder / "ops.json", numbers)
     parts = ["# Every op, every contender", header.one_line(head), limits_line(ceilings)]
-    parts.append(
-        "Medians of CUDA graph replays over rotating inputs; limit: share of the least time that these rates allow."
-    )
+    parts.append("Medians of CUDA graph replays over rotating inputs; limit: the least time at these rates over ours.")
     for report in reports:
         parts += [f"## {report.op}", table(HEADINGS, [row.cells() for row in report.rows])]
         parts += [f"- {remark}" for remark in report.remarks]

@@ -77,9 +77,9 @@ class ClientLoad:
         return None
 
 
-def make_work(args: argparse.Namespace) -> list[Work]:
+def make_work(args: argparse.Namespace, seed: int) -> list[Work]:
     """The requests of a seed: lengths uniform in their ranges, Poisson arrivals (all at once at rate inf)."""
-    rng = random.Random(args.seed)
+    rng = random.Random(seed)
     at_s, work = 0.0, []
     for _ in range(args.num_prompts):
         prompt = [rng.randint(0, args.max_token_id) for _ in range(rng.randint(*args.input_len))]
@@ -299,7 +299,7 @@ def limit(text: str) -> tuple[str, float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n")[0])
+    made = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n")[0], allow_abbrev=False)
     made.add_argument("--launch", metavar="MODEL", help="start a server on MODEL first, and stop it afterwards")
     made.add_argument("--launch-timeout", type=float, default=300, help="seconds the server may take to be ready")
     made.add_argument("--host", default="127.0.0.1")
@@ -346,10 +346,9 @@ async def bench(args: argparse.Namespace, server: subprocess.Popen[bytes] | None
     except OSError as error:
         sys.exit(f"nothing answers at {target.host}:{target.port} ({error}). Start a server or pass --launch MODEL.")
     target = Target(args.host, args.port, model)
-    works = make_work(args)
-    await asyncio.gather(
-        *(complete(target, Work(0, w.prompt, 16), args.temperature) for w in works[: args.num_warmups])
-    )
+    works = make_work(args, args.seed)
+    warm_ups = make_work(args, args.seed + 1)[: args.num_warmups]  # other prompts: nothing of ours is cached
+    await asyncio.gather(*(complete(target, Work(0, w.prompt, 16), args.temperature) for w in warm_ups))
     load, cpu_s = ClientLoad(), time.process_time()
     watcher = asyncio.create_task(watch_lag(load))
     outcomes, duration_s = await run_load(target, works, args)

@@ -120,7 +120,7 @@ class Model:
                         self.model.logits(self.model.forward(batch, caches))
                     except ConfigError:
                         continue  # not for this scenario; the next may suit it
-                    if scenario.decode and not getattr(OPS[op_name].kernels[kernel], "capturable", True):
+                    if scenario.decode and not OPS[op_name].kernels[kernel].capturable:
                         remarks.append(f"{kernel} cannot be captured; a decode step wants that")
                     else:
                         here.append(self._time(kernel, scenario, batch, caches))

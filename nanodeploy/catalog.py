@@ -1,5 +1,6 @@
 """Which models there are, and where their files lie. Reads JSON only: no torch, so that the command line fails fast."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
@@ -53,7 +54,7 @@ def locate(model: str, tokenizer: str | None = None) -> ModelFiles:
     directory = Path(tokenizer).expanduser()
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"--tokenizer {tokenizer}: there is no tokenizer.json in that directory.")
-    return ModelFiles(**{**vars(files), "tokenizer_dir": directory})
+    return dataclasses.replace(files, tokenizer_dir=directory)
 
 
 def family(config: dict[str, Any]) -> str:

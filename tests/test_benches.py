@@ -3,6 +3,9 @@
 import asyncio
 import json
 import math
+import socket
+import subprocess
+import sys
 import types
 
 import pytest
@@ -105,11 +108,11 @@ def arguments(*flags):
 
 def test_work_is_the_seeds():
     args = arguments("--num-prompts", "50", "--request-rate", "10", "--input-len", "3-9", "--output-len", "4")
-    works = serve.make_work(args)
-    assert works == serve.make_work(args)
+    works = serve.make_work(args, 0)
+    assert works == serve.make_work(args, 0) != serve.make_work(args, 1)
     assert all(3 <= len(w.prompt) <= 9 and w.output_tokens == 4 for w in works)
     assert works[0].at_s == 0 and 2 < works[-1].at_s < 10
-    assert {w.at_s for w in serve.make_work(arguments("--num-prompts", "5"))} == {0.0}
+    assert {w.at_s for w in serve.make_work(arguments("--num-prompts", "5"), 0)} == {0.0}
 
 
 async def answer(body, respond, **changes):
@@ -193,3 +196,59 @@ def test_the_summary_and_its_block():
 def test_a_busy_client_says_so():
     assert serve.ClientLoad(0.3, 0.004).complaint is None
     assert "client was the bottleneck" in serve.ClientLoad(0.95, 0.004).complaint
+
+
+# Whole runs, on a model of random weights that a CPU carries
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 300}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2100}
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e4, **sizes, **heads}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_offline_runs_whole(model_dir, capsys):
+    out = model_dir / "out.json"
+    own = ["--num-requests", "1", "--batches", "1", "--prefill-len", "64", "--json", str(out), "--commit", "abc"]
+    offline.main([str(model_dir), *own, "--load_format", "dummy", "--device", "cpu", "--max_num_seqs", "8"])
+    results = json.loads(out.read_text())
+    names = [row["name"] for row in results["rows"]]
+    assert names == ["W (1 requests)", "TPOT, batch 1", "prefill 1x960", "prefill 1x64"]
+    assert all(row["value"] > 0 for row in results["rows"])
+    assert results["engine"]["config"]["max_num_seqs"] == 8 and results["engine"]["phases"]
+    assert results["header"]["commit"] == "abc" and results["memory_gib"]["host_max_rss"] > 0
+    assert all(name in capsys.readouterr().out for name in names[:1])
+
+
+def test_serve_launches_and_loads_a_server(model_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = model_dir / "out.json"
+    own = [
+        "--num-prompts",
+        "5",
+        "--num-warmups",
+        "1",
+        "--input-len",
+        "3-9",
+        "--output-len",
+        "4",
+        "--max-token-id",
+        "299",
+    ]
+    command = [sys.executable, "-m", "bench.serve", "--launch", str(model_dir), "--port", str(port), *own]
+    engine_flags = ["--load_format", "dummy", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--json", str(out), *engine_flags], cwd=header.ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert (results["successful"], results["output_tokens"]) == (5, 20) and "Mean TTFT (ms):" in done.stdout
+    assert results["server_flags"] == engine_flags and results["server_ready_s"] > 0
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may linger, no listener may
+        again.bind(("127.0.0.1", port))  # the server is gone

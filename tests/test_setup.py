@@ -19,19 +19,16 @@ NOT_ON_PYPI = ("flash_mla", "deep_gemm", "deep_ep")  # the names there belong to
 
 
 def test_a_wheel_holds_every_data_file():
-    """setuptools' own reading of pyproject.toml, without building: each file beside the code is in some package."""
-    packages = ["nanodeploy"]
-    globs = PROJECT["tool"]["setuptools"]["package-data"]["nanodeploy"]
+    """pyproject.toml's globs, without building: each file beside the code, and each folder of code, is in a package."""
+    find, globs = (PROJECT["tool"]["setuptools"][key] for key in ("packages", "package-data"))
+    held = {path for package in globs for glob in globs[package] for path in (ROOT / package).glob(glob)}
     base = ROOT / "nanodeploy"
-    held = {path for glob in globs for path in base.glob(glob) if path.is_file()}
-    data = {
-        p for p in base.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts
-    }
-    assert data - held == set(), "package-data in pyproject.toml misses files"
-    assert {p.name for p in held} >= {"model.safetensors", "tokenizer.json", "Qwen3-8B.json", "py.typed"}
-    code = {p.parent for p in base.rglob("*.py")}
+    there = {path for path in base.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there - held == set(), "package-data in pyproject.toml misses files"
+    assert {p.name for p in held} >= {"model.safetensors", "tokenizer.json", "Qwen3-8B.json", "py.typed", "peers.json"}
+    code = {path.parent for path in base.rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in code), "a folder without __init__.py is left out"
-    assert packages[0] + "*" in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {"nanodeploy*", "bench*"} <= set(find["find"]["include"])
 
 
 def test_the_demo_is_small_and_safe():
@@ -77,7 +74,7 @@ def test_a_made_environment_is_left_alone(made):
     for verb, command in [
         ("serve", ".venv/bin/nanodeploy serve demo:qwen3"),
         ("test", ".venv/bin/python -m pytest"),
-        ("bench", ".venv/bin/python -m bench.offline"),
+        ("bench", ".venv/bin/python -m bench.offline demo:"),
         ("check", ".venv/bin/ruff format --check ."),
     ]:
         planned = make("-n", verb, cwd=made)
@@ -88,6 +85,7 @@ def test_a_made_environment_is_left_alone(made):
 def test_make_takes_a_model_and_flags(made):
     planned = make("-n", "serve", "MODEL=/models/Qwen3-8B", "ARGS=--port 9000", cwd=made)
     assert planned.stdout.strip() == ".venv/bin/nanodeploy serve /models/Qwen3-8B --port 9000"
+    assert make("-n", "bench", "MODEL=mine", cwd=made).stdout.strip().endswith("bench.offline mine")
 
 
 def test_changed_dependencies_are_installed(made):

@@ -56,7 +56,6 @@ class CasesModule(Protocol):
     #   FAR                       a Case whose tensors reach past 2**31 elements; run on GPUs only
     #   REGIONS                   list of ({axis: value or [low, high]}, [names of POINTS in it]) for measured choices;
     #                             default: one winner per op
-    #   CAPTURED                  False: no CUDA graph ever runs this op, so a kernel that cannot be captured may be chosen
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -20,7 +20,12 @@ def key() -> str:
     """File-name-safe name of the device, its maker left out: `cpu`, `h200`."""
     if not torch.cuda.is_available():
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_").removeprefix("nvidia_")
+    return (
+        re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower())
+        .strip("_")
+        .removeprefix("nvidia_")
+        .removeprefix("nvidia_")
+    )
 
 
 @functools.cache

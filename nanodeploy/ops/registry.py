@@ -52,6 +52,7 @@ class Kernel:
     interpretable: bool  # Triton's interpreter can run it
     aot: Callable[[], Sequence[Aot]] | None
     path: str
+    capturable: bool = True  # False: it reads the device's values on the host, which no CUDA graph can hold
 
     def available(self) -> bool:
         """Whether this machine and environment can run it at all (`when` decides case by case)."""
@@ -95,6 +96,7 @@ class Op:
         requires: str | None = None,
         interpretable: bool = True,
         aot: Callable[[], Sequence[Aot]] | None = None,
+        capturable: bool = True,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a contender under its function's name. It takes exactly the reference's arguments."""
 
@@ -104,7 +106,7 @@ class Op:
                 raise TypeError(f"kernel {fn.__name__} of {self.name} takes {got}; the op's arguments are {wanted}")
             path = inspect.getsourcefile(fn) or ""
             self.kernels[fn.__name__] = Kernel(
-                fn.__name__, fn, needs, when, batch_invariant, requires, interpretable, aot, path
+                fn.__name__, fn, needs, when, batch_invariant, requires, interpretable, aot, path, capturable
             )
             self.decided.clear()
             return fn
@@ -122,29 +124,40 @@ class Op:
             if len(self.decided) > 4096:  # prefill sizes are many; deciding again is cheap
                 self.decided.clear()
             choice = self.decided[key] = self.choose(case, on_gpu=tensor.is_cuda)
+        if choice.kernel and not choice.kernel.capturable and torch.cuda.is_current_stream_capturing():
+            choice = self.choose(case, on_gpu=True, capturing=True)
         return choice.kernel.fn(*args) if choice.kernel else self.reference(*args)
 
-    def choose(self, case: Any, *, on_gpu: bool) -> Choice:
+    def choose(self, case: Any, *, on_gpu: bool, capturing: bool = False) -> Choice:
         """Explicit flag, then the measured table of this device, then the first that fits; the reference on a CPU.
 
-        Raises ConfigError on a GPU where nothing fits: a reference there would be a quiet slow path.
+        While a CUDA graph is being captured only kernels that it can hold come into question. Raises ConfigError on a
+        GPU where nothing fits: a reference there would be a quiet slow path.
         """
+
+        def fits(kernel: Kernel) -> bool:
+            return kernel.available() and kernel.when(case) and (kernel.capturable or not capturing)
+
         if self.override == "reference":
             return Choice(None, "flag")
         if self.override:
             kernel = self.kernels[self.override]
             if not kernel.when(case):
                 raise ConfigError(f"--kernels {self.name}={self.override}: that kernel does not take {case}.")
+            if capturing and not kernel.capturable:
+                raise ConfigError(
+                    f"--kernels {self.name}={self.override}: no CUDA graph can hold that kernel; add --enforce_eager."
+                )
             return Choice(kernel, "flag")
         if not on_gpu:
             fitting = [k for k in self.kernels.values() if k.needs == "cpu" and k.available() and k.when(case)]
             return Choice(fitting[0], "first that fits") if fitting else Choice(None, "cpu")
         for row in measured(machine.key()).get(self.name, ()):
             best = self.kernels.get(row["kernel"])
-            if best and best.available() and matches(row.get("where", {}), case) and best.when(case):
+            if best and matches(row.get("where", {}), case) and fits(best):
                 return Choice(best, f"measured, {machine.key()}")
         for kernel in self.kernels.values():
-            if kernel.requires is None and kernel.available() and kernel.when(case):
+            if kernel.requires is None and fits(kernel):
                 return Choice(kernel, "first that fits")
         raise ConfigError(
             f"{self.name}: no kernel on sm{machine.capability()} takes {case} (there are: {', '.join(self.kernels)}). "

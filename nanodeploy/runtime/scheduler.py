@@ -11,8 +11,8 @@ device runs steps in the order of their launch: whoever gets them writes in step
 """
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanodeploy.runtime.pages import PagePool, extend_digests
@@ -78,15 +78,17 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.events: list[TokenEvent] = []  # of requests that ended outside a step
+        self.num_steps = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
 
-    def admit(self, messages: Iterable[Request | Abort]) -> None:
-        """New requests join the queue; aborted ones end, in whatever phase they are. Unknown ids are ignored."""
-        for message in messages:
+    def admit(self, inbox: deque[Request | Abort]) -> None:
+        """Empty the inbox: new requests join the queue, aborted ones end wherever they stand. Unknown ids do nothing."""
+        while inbox:
+            message = inbox.popleft()
             if isinstance(message, Request):
                 self.requests[message.id] = message
                 self.waiting[message.id] = message
@@ -112,7 +114,10 @@ class Scheduler:
                 break
             budget -= self.schedule(request, budget, plan)
         plan.sampled = plan.decodes + [chunk.request for chunk in plan.chunks if chunk.samples]
-        return plan if plan.decodes or plan.chunks else None
+        if not plan.decodes and not plan.chunks:
+            return None
+        self.num_steps += 1
+        return plan
 
     def settle(self, plan: StepPlan | None, result: StepResult | None) -> list[TokenEvent]:
         """Append what a finished step sampled, end what is over, and return what there is to tell.

@@ -146,6 +146,7 @@ class EngineClient:
         self._socket.sndhwm = 0  # bounded by `submit`, not by a queue that would block the loop
         self._socket.bind(process.endpoint)
         self._receiver = asyncio.create_task(self._receive())
+        self._receiver.add_done_callback(self._receiver_ended)
         loop = asyncio.get_running_loop()
 
         def watch() -> None:
@@ -250,6 +251,12 @@ class EngineClient:
                 self.stats = message.stats
             else:
                 self._start_up(message)
+
+    def _receiver_ended(self, task: asyncio.Task[None]) -> None:
+        """A fault of ours: without ears the engine is as good as dead, and nobody may wait for ever."""
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the front end stopped hearing the engine", exc_info=task.exception())
+            self._process.kill()
 
     def _start_up(self, message: wire.Ready | wire.Progress | wire.Fatal) -> None:
         if isinstance(message, wire.Fatal):

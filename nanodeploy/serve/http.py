@@ -1,6 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with the limits it lacks: on headers, on silence, on clients that never read."""
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -9,7 +10,8 @@ from nanodeploy.serve import openai
 
 MAX_HEADER_BYTES = 64 << 10
 HEADER_TIMEOUT_S = 20.0  # from the connection, or from the first byte of the next request, to the end of the headers
-STUCK_WRITE_S = 60.0  # a full buffer that does not drain for so long belongs to a client that is gone
+STUCK_WRITE_S = 60.0  # a full buffer of which nothing leaves for so long belongs to a client that is gone
+SEND_BUFFER_BYTES = 256 << 10  # the kernel's, per connection: bounds its memory, and shows progress in small steps
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -24,6 +26,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._refuse, 408, "The request did not arrive.")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,13 +65,25 @@ class HttpProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(STUCK_WRITE_S, self.transport.abort)
+            self._watch_write(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+    def _watch_write(self, waiting: int) -> None:
+        """Cut the connection if its buffer still holds as much as now when the time is up; else look again."""
+
+        def look() -> None:
+            now_waiting = self.transport.get_write_buffer_size()
+            if now_waiting < waiting:
+                self._watch_write(now_waiting)
+            else:
+                self.transport.abort()
+
+        self._write_timer = self.loop.call_later(STUCK_WRITE_S, look)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)

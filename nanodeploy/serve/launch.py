@@ -20,11 +20,13 @@ MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises ConfigError if the address cannot be had."""
+    """A listening TCP socket; port 0 takes a free one. Raises ConfigError if the address cannot be had.
+
+    A name with several addresses (localhost) means its IPv4 one.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--host {host} is not an address of this machine: {error}.") from error
     listener = socket.socket(family, kind, protocol)

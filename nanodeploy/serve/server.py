@@ -24,7 +24,7 @@ from nanodeploy.serve.launch import EngineProcess
 from nanodeploy.serve.metrics import Latencies
 
 REPORT_PERIOD_S = 10.0
-DEAD_ENGINE_GRACE_S = 3.0  # after the engine died, so that every request hears it and a probe sees the 503
+DEAD_ENGINE_GRACE_S = 2.0  # after the engine died, so that every request hears it and a probe sees the 503
 FLUSH_S = 5  # what replies may take to leave once the drain is over
 ENGINE_EXIT_S = 5.0
 log = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ class _Life:
 
     def say(self, text: str) -> None:
         if self.config.log_level in ("debug", "info"):
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # a full disk or a reader that left must not end the server
+                print(text, flush=True)
 
     def say_phase(self, phase: str) -> None:
         self.say(f"[{time.monotonic() - self.process.began:6.1f} s] {phase}")

@@ -194,3 +194,24 @@ def test_forcing_a_kernel_ends_with_the_block():
         assert op.override == "one_row"
         1 / 0  # noqa: B018
     assert op.override is None
+
+
+def test_shards_share_the_cases_and_add_up():
+    kernel = OPS["rms_norm"].kernels["one_row"]
+    whole = gate.examine(OPS["rms_norm"], kernel, CPU, count=6)
+    shares = [gate.examine(OPS["rms_norm"], kernel, CPU, 6, shard, 4) for shard in range(4)]
+    assert [share.checks["agreement"] for share in shares] == [2, 2, 1, 1]
+    merged = gate.merge(shares)
+    assert merged.checks == whole.checks and merged.verdict == "green" and merged.not_run == whole.not_run
+    bad = dataclasses.replace(shares[2], failure="AssertionError: wrong")
+    assert gate.merge([*shares[:2], bad, shares[3]]).verdict == "red"
+    blank = gate.Verdict("rms_norm", "one_row", "file", not_run=dict.fromkeys(gate.CHECKS, "why"))
+    assert gate.merge([blank] * 4).verdict == "not run"
+
+
+def test_a_gate_that_dies_is_red(monkeypatch):
+    """A segmentation fault or a sticky CUDA error ends the process; the verdict says so."""
+    monkeypatch.setattr(gate.sys, "executable", "/bin/false")
+    verdicts = gate.gate_apart("rms_norm", 2, 0, 1)
+    assert [v.kernel for v in verdicts] == list(OPS["rms_norm"].kernels)
+    assert all(v.verdict == "red" and "ended with 1" in v.failure for v in verdicts)

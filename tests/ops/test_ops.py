@@ -15,7 +15,7 @@ from nanodeploy.ops.registry import OPS
 
 DEVICE = gate.default_device()
 ON_GPU = DEVICE.type == "cuda"
-MANY = settings.get_profile("gpu" if ON_GPU else "ci")
+MANY = settings(settings.get_profile("gpu" if ON_GPU else "ci"), max_examples=60 if ON_GPU else 40)
 FEW = settings(MANY, max_examples=MANY.max_examples // 4)
 SEEDS = st.integers(0, 2**16)
 

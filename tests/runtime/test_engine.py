@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import END, MAX_LEN, VOCAB, Oracle, make_engine, make_model, run, take, without_overlap
+from torch._dynamo.testing import CompileCounter
 
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError, QueueFullError, RequestError
@@ -109,7 +110,7 @@ def check(oracle, requests, answers):
     asked=st.lists(st.tuples(prompts, sampling, st.integers(0, 8)), min_size=1, max_size=6),
     overlap=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=50)
 def test_every_request_gets_what_it_would_get_alone(checkpoint, oracle, flags, asked, overlap):
     """Alone = batched = chunked = cached = preempted, for any sampling; and overlapping steps change nothing."""
     engine = make_engine(checkpoint, **flags)
@@ -279,3 +280,14 @@ def test_a_gpu_that_is_not_there(checkpoint):
 
 def test_end_token_is_the_models(checkpoint):
     assert make_engine(checkpoint).eos_ids == {END}
+
+
+def test_layers_compile_twice_whatever_the_steps(checkpoint, oracle):
+    """Once for one token, once for more; not again for other batches, buffers or lengths."""
+    engine = make_engine(checkpoint, max_num_batched_tokens=20)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    engine.runner.model.compile_layers(backend=counter)
+    requests = [GenerateRequest(str(i), TEXTS[i % 2][: 7 * i + 1], GREEDY) for i in range(8)]
+    check(oracle, requests, run(engine, requests, arrivals=[0, 0, 1, 3, 5, 30, 30, 50]))
+    assert counter.frame_count == 2

@@ -85,8 +85,7 @@ def run(engine: Engine, requests: list[GenerateRequest], arrivals=None, step=Eng
 
 def without_overlap(engine: Engine) -> list[TokenEvent]:
     """A step that is waited for before the next one is planned."""
-    inbox, engine.inbox = engine.inbox, []
-    engine.scheduler.admit(inbox)
+    engine.scheduler.admit(engine.inbox)
     plan = engine.scheduler.plan()
     return engine.settle(engine.runner.launch(plan) if plan else None)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,14 +63,16 @@ def make_tokenizer(directory: Path, kind: str = "byte_level") -> None:
 class ServerProcess:
     """`nanodeploy serve` as a subprocess. Output is collected by threads, so that no pipe fills up."""
 
-    def __init__(self, *flags: str, engine: str = "fake_engine:FakeEngine", temporary: Path):
+    def __init__(
+        self, *flags: str, temporary: Path, engine: str = "fake_engine:FakeEngine", stdout: IO | int = subprocess.PIPE
+    ):
         temporary.mkdir(exist_ok=True)
         self.temporary = temporary  # its TMPDIR, to see what it leaves behind
         code = f"import sys; from nanodeploy import cli; sys.exit(cli.main(sys.argv[1:], engine={engine!r}))"
         path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
         self.popen = subprocess.Popen(
             [sys.executable, "-c", code, "serve", "--port", "0", *flags],
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
@@ -78,7 +81,8 @@ class ServerProcess:
         self.errors: list[str] = []
         self._news: queue.Queue[str | None] = queue.Queue()
         for stream, keep in ((self.popen.stdout, self.lines), (self.popen.stderr, self.errors)):
-            threading.Thread(target=self._collect, args=(stream, keep), daemon=True).start()
+            if stream is not None:
+                threading.Thread(target=self._collect, args=(stream, keep), daemon=True).start()
         self.url = ""
         self.http = httpx.Client(timeout=PATIENCE_S, limits=httpx.Limits(max_connections=200))
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodeploy import cli, flags
@@ -111,6 +111,7 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
     return values | st.none() if optional else values
 
 
+@settings(max_examples=100)
 @given(st.fixed_dictionaries({}, optional={f.name: values_of(f) for f in dataclasses.fields(Config)}), st.data())
 def test_every_config_can_be_written_as_flags(values: dict, data: st.DataObject) -> None:
     argv = []

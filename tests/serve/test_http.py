@@ -138,6 +138,16 @@ def test_a_stop_string_ends_the_work(healthy: ServerProcess, client: openai.Open
     assert eventually(lambda: 'running{model_name="fake"} 0.0' in healthy.get("/metrics").text, 0.5)
 
 
+def test_one_of_many_that_stops_frees_its_place(healthy: ServerProcess) -> None:
+    body = {"prompt": [PROMPT, "llo"], "stop": "world", "max_tokens": 200, "cache_salt": "delay=0.01", "stream": True}
+    with healthy.http.stream("POST", healthy.url + "/v1/completions", json=body) as reply:
+        for line in reply.iter_lines():
+            if '"stop"' in line:  # asked inside the loop: to leave it is to disconnect
+                assert eventually(lambda: running(healthy) == 1, 1)
+                return
+    raise AssertionError("nothing stopped")
+
+
 def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": "fake", "prompt": PROMPT, "logprobs": 2}
     first = client.completions.create(**body, max_tokens=2).choices[0].logprobs
@@ -556,8 +566,13 @@ def test_a_storm_of_disconnects_leaves_nothing(healthy: ServerProcess) -> None:
     assert eventually(lambda: running(healthy) == 0, 5)
 
 
+def aborted(server: ServerProcess) -> float:
+    return float(re.search(r'finished_reason="abort",.*\} (\S+)', server.get("/metrics").text)[1])
+
+
 def test_a_client_that_never_reads_holds_up_nobody(healthy: ServerProcess, client: openai.OpenAI) -> None:
-    body = json.dumps({**SLOW, "stream": True, "n": 128, "cache_salt": "burst=2", "logprobs": 20}).encode()
+    body = json.dumps({**SLOW, "stream": True, "n": 128, "cache_salt": "x", "logprobs": 20}).encode()
+    before = aborted(healthy)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, port = re.fullmatch(r"http://(.*):(\d+)", healthy.url).groups()
@@ -567,7 +582,8 @@ def test_a_client_that_never_reads_holds_up_nobody(healthy: ServerProcess, clien
     began = time.monotonic()
     client.completions.create(model="fake", prompt=PROMPT, max_tokens=5)
     assert time.monotonic() - began < 5
-    assert eventually(lambda: running(healthy) == 0, 20)
+    assert eventually(lambda: aborted(healthy) > before, 20), "its answers did not pile up for ever"
+    assert eventually(lambda: running(healthy) == 0, 2)
     connection.close()
 
 

@@ -239,13 +239,15 @@ def test_it_dies_with_its_parent(tmp_path: Path, model: Path) -> None:
         " 'fake_engine:FakeEngine'], stdin=subprocess.PIPE)\n"
         "child.stdin.write(sys.argv[2].encode()); child.stdin.close(); print(child.pid, flush=True); time.sleep(60)"
     )
-    config = json.dumps(Config(model=str(model), kernels="start=slow").to_dict())
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, f"ipc://{tmp_path}/s", config], stdout=subprocess.PIPE, env=ENV
-    )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert is_alive(pid)
-    parent.kill()
-    parent.wait()
-    assert eventually(lambda: not is_alive(pid), 5)
+    config = json.dumps(Config(model=str(model)).to_dict())
+    endpoint = f"ipc://{tmp_path}/s"
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.bind(endpoint)
+        parent = subprocess.Popen([sys.executable, "-c", code, endpoint, config], stdout=subprocess.PIPE, env=ENV)
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert socket.poll(PATIENCE_S * 1000), "it is up and running"
+        assert is_alive(pid)
+        parent.kill()
+        parent.wait()
+        assert eventually(lambda: not is_alive(pid), 3)

@@ -6,6 +6,7 @@ stretch from kv_lens on the device: a CUDA graph captured with some lengths is r
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,7 @@ LOG2_E = 1.4426950408889634
 
 # One compilation for any batch and any slice of its rows.
 @triton.jit(
-    do_not_specialize=["num_splits", "stride_table"], do_not_specialize_on_alignment=["page_table", "kv_lens"]
+    do_not_specialize=["group", "num_splits", "stride_table"], do_not_specialize_on_alignment=["page_table", "kv_lens"]
 )
 def _attend(
     q,
@@ -33,6 +34,7 @@ def _attend(
     partial,
     lse,
     scale_log2,
+    group,
     num_splits,
     stride_q_seq,
     stride_q_head,
@@ -41,7 +43,6 @@ def _attend(
     stride_slot,
     stride_head,
     stride_table,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,8 +67,8 @@ def _attend(
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     tile = tl.arange(0, BLOCK_N)
-    heads = kv_head * GROUP + rows
-    present = rows < GROUP
+    heads = kv_head * group + rows
+    present = rows < group
     queries = tl.load(
         q + seq * stride_q_seq + heads[:, None] * stride_q_head + dims[None, :], mask=present[:, None], other=0.0
     )
@@ -99,7 +100,7 @@ def _attend(
 
     total = tl.where(total == 0, 1.0, total)  # an empty sequence: zeros
     result = mixed / total[:, None]
-    row = seq * (tl.num_programs(0) * GROUP) + heads
+    row = seq * (tl.num_programs(0) * group) + heads
     if tiles > per_split:
         row = row * num_splits + split
         tl.store(partial + row[:, None] * HEAD_DIM + dims[None, :], result, mask=present[:, None])
@@ -154,12 +155,19 @@ class Config:
     min_tokens: int = 128
     pdl: bool = False  # let the combining kernel start while the last splits run
 
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """What both kernels are told of it."""
+        return {"BLOCK_N": self.block_n, "MIN_TILES": max(1, self.min_tokens // self.block_n), "PDL": self.pdl}
+
 
 def pick(head_dim: int, itemsize: int) -> Config:
     """The configuration for a head of `head_dim` values of `itemsize` bytes."""
     if itemsize == 4:
         return Config({64: 32, 128: 16, 256: 16}[head_dim], 4, 5)
-    return Config({64: 128, 128: 64, 256: 32}[head_dim], 4, 5)
+    # bench/sweeps/decode_attention.py on an H200: four programs per SM with three tiles in flight each beat eight with
+    # two at every shape but B256 ctx1024, where they are equal; wide heads have room for two.
+    return {64: Config(128, 4, 5, 4), 128: Config(64, 4, 7, 4), 256: Config(32, 4, 5, 2)}[head_dim]
 
 
 def configs(head_dim: int) -> list[Config]:
@@ -190,7 +198,6 @@ def launch(q, kv_pages, page_table, kv_lens, scale, config: Config):
     parts = (num_seqs, num_heads, splits) if splits > 1 else (1, 1, 1)
     partial = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-    common = {"BLOCK_N": config.block_n, "MIN_TILES": max(1, config.min_tokens // config.block_n), "PDL": config.pdl}
     _attend[(num_kv_heads, splits, num_seqs)](
         q,
         kv_pages,
@@ -200,17 +207,17 @@ def launch(q, kv_pages, page_table, kv_lens, scale, config: Config):
         partial,
         lse,
         scale * LOG2_E,
+        num_heads // num_kv_heads,
         splits,
         *q.stride()[:2],
         *kv_pages.stride()[:4],
         page_table.stride(0),
-        GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         PAGE=page_size,
         BLOCK_M=16,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **common,
+        **config.constexprs,
     )
     if splits > 1:
         block_splits = 16 if splits <= 16 else MAX_SPLITS
@@ -226,32 +233,30 @@ def launch(q, kv_pages, page_table, kv_lens, scale, config: Config):
             BLOCK_DIM=block_dim,
             num_warps=4,
             launch_pdl=config.pdl,
-            **common,
+            **config.constexprs,
         )
     return out
 
 
-def _aot():
-    pointers = {"q": "*bf16", "kv_pages": "*bf16", "page_table": "*i32", "kv_lens": "*i32", "out": "*bf16"}
+def aot_of(config: Config, head_dim: int, page_size: int, wants: tuple[str, ...], dtype: str = "*bf16") -> Aot:
+    pointers = {"q": dtype, "kv_pages": dtype, "page_table": "*i32", "kv_lens": "*i32", "out": dtype}
     strides = ("stride_q_seq", "stride_q_head", "stride_page", "stride_kv", "stride_slot", "stride_head")
-    signature = {**pointers, "partial": "*fp32", "lse": "*fp32", "scale_log2": "fp32", "num_splits": "i32"}
-    signature |= dict.fromkeys((*strides, "stride_table"), "i32")
+    signature = {**pointers, "partial": "*fp32", "lse": "*fp32", "scale_log2": "fp32"}
+    signature |= dict.fromkeys(("group", "num_splits", *strides, "stride_table"), "i32")
+    constexprs = {"HEAD_DIM": head_dim, "PAGE": page_size, "BLOCK_M": 16}
     divisible = ("q", "kv_pages", "out", "partial", "lse", *strides)
-    for head_dim, group, page_size in (
-        (128, 4, 64),
-        (128, 4, 16),
-        (128, 4, 256),
-        (128, 2, 64),
-        (64, 8, 64),
-        (256, 8, 64),
-    ):
-        c = pick(head_dim, 2)
-        common = {"HEAD_DIM": head_dim, "BLOCK_N": c.block_n, "MIN_TILES": c.min_tokens // c.block_n, "PDL": c.pdl}
-        shape = {"GROUP": group, "PAGE": page_size, "BLOCK_M": 16}
-        yield Aot(_attend, signature, shape | common, c.num_warps, c.num_stages, divisible, wants=("mma", "cp.async"))
+    return Aot(
+        _attend, signature, constexprs | config.constexprs, config.num_warps, config.num_stages, divisible, wants
+    )
+
+
+def _aot():
+    for head_dim, page_size in ((128, 64), (128, 16), (128, 256), (64, 64), (256, 64), (256, 16)):
+        yield aot_of(pick(head_dim, 2), head_dim, page_size, ("mma", "cp.async"))
+    yield aot_of(pick(128, 4), 128, 64, ("cp.async",), "*fp32")
     types = {"partial": "*fp32", "lse": "*fp32", "kv_lens": "*i32", "out": "*bf16", "num_splits": "i32"}
     for block in ({"BLOCK_SPLITS": 16, "BLOCK_DIM": 128}, {"BLOCK_SPLITS": MAX_SPLITS, "BLOCK_DIM": 32}):
-        constexprs = {"HEAD_DIM": 128, "BLOCK_N": 64, "MIN_TILES": 2, "PDL": False, **block}
+        constexprs = {"HEAD_DIM": 128, **block, **pick(128, 2).constexprs}
         yield Aot(_combine, types, constexprs, 4, 3, ("partial", "lse", "out"))
 
 
