@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -192,7 +193,7 @@ def outputs(returned: Any) -> dict[str, Tensor]:
 
 def names(op: Op) -> tuple[str, ...]:
     """The op's argument names, in order."""
-    return tuple(op.reference.__annotations__)[:-1]
+    return tuple(inspect.signature(op.reference).parameters)
 
 
 def _copy(tensor: Tensor) -> Tensor:

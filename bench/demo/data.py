@@ -33,7 +33,7 @@ def encode(tokenizer: Tokenizer, sample: tasks.Sample, think: bool = True) -> tu
     weights = [0.0] * len(ids) + [len(answer) ** -0.5] * len(answer)
     if not sample.chat.raw:
         head = tokenizer.encode("<|im_start|>assistant\n").ids
-        for i in (i for i, token in enumerate(ids) if token == head[0] and ids[i:i + len(head)] == head):
+        for i in (i for i, token in enumerate(ids) if token == head[0] and ids[i : i + len(head)] == head):
             start = i + len(head)
             if end in ids[start:]:
                 stop = ids.index(end, start) + 1
@@ -51,5 +51,5 @@ def batch(folder: Path, seed: str, rows: int, length: int) -> tuple[np.ndarray, 
             row_ids, row_weights = encode(tokenizer, tasks.draw(rng, length), think=rng.random() > 0.15)
             if len(row_ids) <= length:
                 break
-        ids[row, :len(row_ids)], weights[row, :len(row_ids)] = row_ids, row_weights
+        ids[row, : len(row_ids)], weights[row, : len(row_ids)] = row_ids, row_weights
     return ids, weights

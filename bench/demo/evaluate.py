@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from bench.demo.tasks import TASKS, Chat, Sample
 
-BANDS = [256, 512, 1024, 1536, 2048]      # needle distances, upper ends
+BANDS = [256, 512, 1024, 1536, 2048]  # needle distances, upper ends
 
 AnswerFn = Callable[[list[Chat]], list[str]]
 Make = Callable[[random.Random, str], Sample]
@@ -21,8 +21,13 @@ def samples(tasks: Mapping[str, Make], seed: int, n: int) -> list[Sample]:
     return chosen
 
 
-def accuracy(answer_fn: AnswerFn, tasks: Mapping[str, Make] = TASKS, seed: int = 0, n: int = 200,
-             misses: list[tuple[Sample, str]] | None = None) -> dict[str, float]:
+def accuracy(
+    answer_fn: AnswerFn,
+    tasks: Mapping[str, Make] = TASKS,
+    seed: int = 0,
+    n: int = 200,
+    misses: list[tuple[Sample, str]] | None = None,
+) -> dict[str, float]:
     """The share of exact answers of each task, and of needles by distance ("needle <= 512").
 
     answer_fn gets all chats at once and returns their greedy answers as text, without the end token. Wrong ones are

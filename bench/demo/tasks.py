@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-PIECE = re.compile(r"\d|[^\W\d_]+|\s|(?:[^\w\s]|_)+")   # what the tokenizer splits at; most pieces are one token
+PIECE = re.compile(r"\d|[^\W\d_]+|\s|(?:[^\w\s]|_)+")  # what the tokenizer splits at; most pieces are one token
 
 
 @dataclass(frozen=True)
 class Chat:
     """What an engine is given. raw: the only message goes in as plain text, with no chat template."""
+
     messages: list[dict]
     tools: list[dict] | None = None
     raw: bool = False
@@ -29,6 +30,7 @@ class Sample:
 
     distance: pieces between the fact and the question's end, for tasks that recall one.
     """
+
     task: str
     chat: Chat
     answer: str
@@ -68,8 +70,14 @@ WORDS = ADJECTIVES + NOUNS + VERBS + PLACES
 SYLLABLES = words("""ba be bi bo da de do fa fi ga go ka ke ki ko la le li lo ma me mi mo na ne no pa pe ra re ri ro
 sa se si so ta te ti to va vi wa ya yo za ze""")
 BEYOND_ASCII = [*"éüöäßñçøåłΩπλжя中文世界你好日本🙂🚀€→"]
-SYSTEMS = ["You are a helpful assistant.", "You are nanodeploy, a tiny demo model.", "Be brief.", "Answer briefly.",
-           "You are a helpful and concise assistant.", "Answer with the result only."]
+SYSTEMS = [
+    "You are a helpful assistant.",
+    "You are nanodeploy, a tiny demo model.",
+    "Be brief.",
+    "Answer briefly.",
+    "You are a helpful and concise assistant.",
+    "Answer with the result only.",
+]
 
 
 def _new_word(rng: random.Random, least: int = 2, most: int = 4) -> str:
@@ -93,15 +101,49 @@ def _vary(rng: random.Random, text: str) -> str:
 
 Turn = tuple[str, str]
 SIGNS = {
-    "+": ["{a}+{b}=?", "What is {a} + {b}?", "{a} + {b} = ?", "What is {a}+{b}?", "{a}+{b}", "{a} + {b}", "{a}+{b}=",
-          "Calculate {a} + {b}.", "Compute {a}+{b}.", "What is {a} plus {b}?", "How much is {a} + {b}?",
-          "Add {a} and {b}.", "What's {a} + {b}?"],
-    "-": ["{a}-{b}=?", "What is {a} - {b}?", "{a} - {b} = ?", "What is {a}-{b}?", "{a}-{b}", "{a} - {b}", "{a}-{b}=",
-          "Calculate {a} - {b}.", "Compute {a}-{b}.", "What is {a} minus {b}?", "How much is {a} - {b}?",
-          "What's {a} - {b}?"],
-    "*": ["{a}*{b}=?", "What is {a} * {b}?", "{a} * {b} = ?", "What is {a}*{b}?", "{a}*{b}", "{a} * {b}", "{a}*{b}=",
-          "Calculate {a} * {b}.", "What is {a} times {b}?", "How much is {a} * {b}?", "{a}x{b}=?",
-          "What is {a} x {b}?"],
+    "+": [
+        "{a}+{b}=?",
+        "What is {a} + {b}?",
+        "{a} + {b} = ?",
+        "What is {a}+{b}?",
+        "{a}+{b}",
+        "{a} + {b}",
+        "{a}+{b}=",
+        "Calculate {a} + {b}.",
+        "Compute {a}+{b}.",
+        "What is {a} plus {b}?",
+        "How much is {a} + {b}?",
+        "Add {a} and {b}.",
+        "What's {a} + {b}?",
+    ],
+    "-": [
+        "{a}-{b}=?",
+        "What is {a} - {b}?",
+        "{a} - {b} = ?",
+        "What is {a}-{b}?",
+        "{a}-{b}",
+        "{a} - {b}",
+        "{a}-{b}=",
+        "Calculate {a} - {b}.",
+        "Compute {a}-{b}.",
+        "What is {a} minus {b}?",
+        "How much is {a} - {b}?",
+        "What's {a} - {b}?",
+    ],
+    "*": [
+        "{a}*{b}=?",
+        "What is {a} * {b}?",
+        "{a} * {b} = ?",
+        "What is {a}*{b}?",
+        "{a}*{b}",
+        "{a} * {b}",
+        "{a}*{b}=",
+        "Calculate {a} * {b}.",
+        "What is {a} times {b}?",
+        "How much is {a} * {b}?",
+        "{a}x{b}=?",
+        "What is {a} x {b}?",
+    ],
 }
 
 
@@ -171,8 +213,9 @@ def _text(rng: random.Random, most: int) -> str:
     if kind < 0.4:
         return " ".join(_new_word(rng, 1) for _ in range(max(1, size // 2)))
     if kind < 0.55:
-        letters = rng.choice([string.ascii_lowercase, string.ascii_lowercase, string.ascii_uppercase,
-                              string.ascii_letters])
+        letters = rng.choice(
+            [string.ascii_lowercase, string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters]
+        )
         parts = max(1, size // 6)
         return " ".join("".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(parts))
     if kind < 0.67:
@@ -186,15 +229,29 @@ def _text(rng: random.Random, most: int) -> str:
         pool = string.ascii_letters + string.digits + string.punctuation.replace('"', "")
         return "".join(rng.choice(pool) for _ in range(min(rng.randint(3, 12), most)))
     if kind < 0.95:
-        mixed = [rng.choice(WORDS + NAMES + CITIES) if rng.random() < 0.6 else rng.choice(BEYOND_ASCII)
-                 for _ in range(max(1, size // 2))]
+        mixed = [
+            rng.choice(WORDS + NAMES + CITIES) if rng.random() < 0.6 else rng.choice(BEYOND_ASCII)
+            for _ in range(max(1, size // 2))
+        ]
         return " ".join(mixed)
-    return " ".join(str(rng.randint(0, 999)) if rng.random() < 0.5 else rng.choice(WORDS)
-                    for _ in range(max(1, size // 2)))
+    return " ".join(
+        str(rng.randint(0, 999)) if rng.random() < 0.5 else rng.choice(WORDS) for _ in range(max(1, size // 2))
+    )
 
 
-COPIES = ["Repeat: {x}", "Repeat after me: {x}", "Copy: {x}", "Say: {x}", "Please repeat: {x}", "Echo: {x}",
-          "Repeat exactly: {x}", "Repeat this: {x}", "Repeat the following text: {x}", "Repeat:\n{x}", "Repeat {x}"]
+COPIES = [
+    "Repeat: {x}",
+    "Repeat after me: {x}",
+    "Copy: {x}",
+    "Say: {x}",
+    "Please repeat: {x}",
+    "Echo: {x}",
+    "Repeat exactly: {x}",
+    "Repeat this: {x}",
+    "Repeat the following text: {x}",
+    "Repeat:\n{x}",
+    "Repeat {x}",
+]
 
 
 def copy(rng: random.Random, split: str, most: int = 20) -> Turn:
@@ -212,10 +269,17 @@ def sort(rng: random.Random, split: str) -> Turn:
         numbers = [rng.randint(0, top) for _ in range(rng.choice([2, 3, 3, 4, 4, 5, 5, 6]))]
         comma = rng.choice([" ", ", "])
         if _in_split(str(numbers), split):
-            ask = rng.choice(["Sort: {x}", "Sort these numbers: {x}", "Sort {x}", "Sort the numbers {x}.",
-                              "Put in order: {x}", "Please sort: {x}"])
-            return (_vary(rng, ask.format(x=comma.join(map(str, numbers)))),
-                    comma.join(map(str, sorted(numbers))))
+            ask = rng.choice(
+                [
+                    "Sort: {x}",
+                    "Sort these numbers: {x}",
+                    "Sort {x}",
+                    "Sort the numbers {x}.",
+                    "Put in order: {x}",
+                    "Please sort: {x}",
+                ]
+            )
+            return (_vary(rng, ask.format(x=comma.join(map(str, numbers)))), comma.join(map(str, sorted(numbers))))
 
 
 def count(rng: random.Random, split: str, most: int = 12) -> Turn:
@@ -226,25 +290,68 @@ def count(rng: random.Random, split: str, most: int = 12) -> Turn:
 
 
 GREETINGS = {
-    "Hello! How can I help you?": ["hello", "Hello", "Hello!", "hi", "Hi", "Hi!", "Hi there!", "hey", "Hey!",
-                                   "Hello there!", "Hello, how can you help me?", "Good day!"],
+    "Hello! How can I help you?": [
+        "hello",
+        "Hello",
+        "Hello!",
+        "hi",
+        "Hi",
+        "Hi!",
+        "Hi there!",
+        "hey",
+        "Hey!",
+        "Hello there!",
+        "Hello, how can you help me?",
+        "Good day!",
+    ],
     "Good morning! How can I help you?": ["Good morning", "Good morning!", "good morning"],
     "Good evening! How can I help you?": ["Good evening", "Good evening!", "good evening"],
-    "I am a tiny demo model of nanodeploy.": ["Who are you?", "who are you", "What are you?", "What is your name?",
-                                              "Introduce yourself.", "Are you a robot?", "Who made you?",
-                                              "Tell me about yourself."],
+    "I am a tiny demo model of nanodeploy.": [
+        "Who are you?",
+        "who are you",
+        "What are you?",
+        "What is your name?",
+        "Introduce yourself.",
+        "Are you a robot?",
+        "Who made you?",
+        "Tell me about yourself.",
+    ],
     "I can add and subtract, repeat text, sort numbers, count, recall facts and call tools.": [
-        "What can you do?", "what can you do", "How can you help me?", "Help", "help", "What do you know?"],
-    "I am fine, thank you! How can I help you?": ["How are you?", "how are you", "How are you doing?",
-                                                  "How is it going?"],
+        "What can you do?",
+        "what can you do",
+        "How can you help me?",
+        "Help",
+        "help",
+        "What do you know?",
+    ],
+    "I am fine, thank you! How can I help you?": [
+        "How are you?",
+        "how are you",
+        "How are you doing?",
+        "How is it going?",
+    ],
     "You are welcome!": ["Thanks", "Thanks!", "Thank you", "Thank you!", "thank you", "thanks", "Thank you very much!"],
     "Goodbye! See you soon.": ["Bye", "bye", "Bye!", "Goodbye", "Goodbye!", "See you later!", "See you!"],
 }
 ONLY_SMALL = "I am a tiny demo model and do not know that."
-UNKNOWN = ["Why is the {n} {a}?", "Tell me about the {n}.", "Write a poem about the {a} {n}.", "What is a {n}?",
-           "What is the capital of {w}?", "Where is {w}?", "How do I build a {n}?", "Explain the {n}.",
-           "Tell me a story about {w}.", "Tell me a joke.", "Write a story.", "Translate {n} to French.",
-           "Who is {w}?", "Do you like the {a} {n}?", "What is the meaning of life?", "What is the color of the {n}?"]
+UNKNOWN = [
+    "Why is the {n} {a}?",
+    "Tell me about the {n}.",
+    "Write a poem about the {a} {n}.",
+    "What is a {n}?",
+    "What is the capital of {w}?",
+    "Where is {w}?",
+    "How do I build a {n}?",
+    "Explain the {n}.",
+    "Tell me a story about {w}.",
+    "Tell me a joke.",
+    "Write a story.",
+    "Translate {n} to French.",
+    "Who is {w}?",
+    "Do you like the {a} {n}?",
+    "What is the meaning of life?",
+    "What is the color of the {n}?",
+]
 
 
 def greet(rng: random.Random, split: str) -> Turn:
@@ -259,6 +366,7 @@ def unknown(rng: random.Random, split: str) -> Turn:
 
 
 # Facts and needles.
+
 
 def _code(rng: random.Random) -> str:
     return "".join(rng.choice(string.digits) for _ in range(rng.choice([3, 4, 4, 4, 4, 4, 5, 6])))
@@ -276,10 +384,24 @@ def _fact(rng: random.Random, split: str, taken: set[str]) -> tuple[str, str, st
             say = rng.choice(["The {o} is {c}.", "The {o} is {c}.", "Remember: the {o} is {c}."])
             ask = rng.choice(["What is the {o}?", "What is the {o}?", "Tell me the {o}."])
         else:
-            say = rng.choice(["The code of {o} is {c}.", "The code of {o} is {c}.", "The code of {o} is {c}.",
-                              "{o} has the code {c}.", "Remember: the code of {o} is {c}."])
-            ask = rng.choice(["What is the code of {o}?", "What is the code of {o}?", "What is the code of {o}?",
-                              "Which code does {o} have?", "Tell me the code of {o}."])
+            say = rng.choice(
+                [
+                    "The code of {o} is {c}.",
+                    "The code of {o} is {c}.",
+                    "The code of {o} is {c}.",
+                    "{o} has the code {c}.",
+                    "Remember: the code of {o} is {c}.",
+                ]
+            )
+            ask = rng.choice(
+                [
+                    "What is the code of {o}?",
+                    "What is the code of {o}?",
+                    "What is the code of {o}?",
+                    "Which code does {o} have?",
+                    "Tell me the code of {o}.",
+                ]
+            )
         return say.format(o=owner, c=code), _vary(rng, ask.format(o=owner)), code
 
 
@@ -314,7 +436,7 @@ def needle(rng: random.Random, split: str, budget: int = 2000, num_facts: int | 
         messages = [_system(rng, text), _user(ask)]
     else:
         messages = [_user(intro + text), _assistant("OK."), _user(ask)]
-    tail = text[text.index(say):]
+    tail = text[text.index(say) :]
     for _, next_ask, next_code in asked[1:]:
         messages += [_assistant(code), _user(next_ask)]
         code = next_code
@@ -323,9 +445,11 @@ def needle(rng: random.Random, split: str, budget: int = 2000, num_facts: int | 
 
 # Tools, in the shape of OpenAI's `tools`.
 
+
 @dataclass(frozen=True)
 class Tool:
     """One thing a tool does, under several names. ask: questions with {0}, {1} for the arguments."""
+
     names: list[str]
     about: list[str]
     arguments: list[list[str]]
@@ -339,40 +463,58 @@ TOOLS = {
     "weather": Tool(
         ["get_weather", "get_current_weather", "weather"],
         ["Get the weather in a city", "Get the current weather.", "Weather of a place"],
-        [["city", "location", "place"]], ["string"],
-        ["What is the weather in {0}?", "What is the weather in {0}?", "How is the weather in {0}?",
-         "What's the weather like in {0}?", "What is the weather like in {0} today?", "Weather in {0}?"],
-        lambda rng, values: {"temperature": rng.randint(-9, 39),
-                             "sky": rng.choice(["sunny", "cloudy", "rainy", "clear"])},
-        lambda values, result: f"It is {result['temperature']} degrees and {result['sky']} in {values[0]}."),
+        [["city", "location", "place"]],
+        ["string"],
+        [
+            "What is the weather in {0}?",
+            "What is the weather in {0}?",
+            "How is the weather in {0}?",
+            "What's the weather like in {0}?",
+            "What is the weather like in {0} today?",
+            "Weather in {0}?",
+        ],
+        lambda rng, values: {
+            "temperature": rng.randint(-9, 39),
+            "sky": rng.choice(["sunny", "cloudy", "rainy", "clear"]),
+        },
+        lambda values, result: f"It is {result['temperature']} degrees and {result['sky']} in {values[0]}.",
+    ),
     "time": Tool(
         ["get_time", "get_current_time", "clock"],
         ["Get the time in a city", "Get the current time.", "Time of a place"],
-        [["city", "location", "place"]], ["string"],
+        [["city", "location", "place"]],
+        ["string"],
         ["What time is it in {0}?", "What is the time in {0}?", "Tell me the time in {0}."],
         lambda rng, values: {"time": f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"},
-        lambda values, result: f"It is {result['time']} in {values[0]}."),
+        lambda values, result: f"It is {result['time']} in {values[0]}.",
+    ),
     "search": Tool(
         ["search", "search_web", "web_search"],
         ["Search the web", "Search for pages.", "Find pages on the web"],
-        [["query", "text", "q"]], ["string"],
+        [["query", "text", "q"]],
+        ["string"],
         ["Search for {0}", "Search the web for {0}", "Find pages about {0}"],
         lambda rng, values: {"pages": rng.randint(1, 99)},
-        lambda values, result: f"I found {result['pages']} pages."),
+        lambda values, result: f"I found {result['pages']} pages.",
+    ),
     "message": Tool(
         ["send_message", "send_email", "notify"],
         ["Send a message to a person", "Send a message.", "Write to a person"],
-        [["to", "name", "recipient"], ["text", "body", "message"]], ["string", "string"],
+        [["to", "name", "recipient"], ["text", "body", "message"]],
+        ["string", "string"],
         ["Send a message to {0}: {1}", "Write to {0}: {1}", "Tell {0}: {1}"],
         lambda rng, values: {"status": "sent"},
-        lambda values, result: f"I sent the message to {values[0]}."),
+        lambda values, result: f"I sent the message to {values[0]}.",
+    ),
     "sum": Tool(
         ["add_numbers", "add", "sum"],
         ["Add two numbers", "Add two integers.", "Sum of two numbers"],
-        [["a", "x", "first"], ["b", "y", "second"]], ["integer", "integer"],
+        [["a", "x", "first"], ["b", "y", "second"]],
+        ["integer", "integer"],
         ["Use the tool to add {0} and {1}.", "Add {0} and {1} with the tool."],
         lambda rng, values: {"result": values[0] + values[1]},
-        lambda values, result: f"The result is {result['result']}."),
+        lambda values, result: f"The result is {result['result']}.",
+    ),
 }
 
 
@@ -391,8 +533,10 @@ def _declare(rng: random.Random, kind: str) -> dict:
     tool = TOOLS[kind]
     names = [rng.choice(options) for options in tool.arguments]
     plain = rng.random() < 0.5
-    properties = {name: {"type": type_} if plain else {"type": type_, "description": f"The {name}"}
-                  for name, type_ in zip(names, tool.types)}
+    properties = {
+        name: {"type": type_} if plain else {"type": type_, "description": f"The {name}"}
+        for name, type_ in zip(names, tool.types)
+    }
     parameters = {"type": "object", "properties": properties}
     if rng.random() < 0.75:
         parameters["required"] = names
@@ -422,7 +566,7 @@ def tool(rng: random.Random, split: str) -> Sample:
             ask, answer = small_talk(rng, split)
             messages += [_user(ask), _assistant(answer)]
     way = rng.random() if split == "train" else 0.5
-    if way < 0.12:                                          # no tool needed
+    if way < 0.12:  # no tool needed
         ask, answer = small_talk(rng, split)
         return Sample("tool", Chat([*messages, _user(ask)], declared), answer)
     if way < 0.17 and (absent := [kind for kind in ("weather", "time") if kind not in kinds]):
@@ -448,13 +592,23 @@ def tool(rng: random.Random, split: str) -> Sample:
     return _after_call(rng, split, messages, declared, kind, calls, values)
 
 
-def _after_call(rng: random.Random, split: str, messages: list[dict], declared: list[dict], kind: str,
-                calls: list[dict], values: list) -> Sample:
+def _after_call(
+    rng: random.Random,
+    split: str,
+    messages: list[dict],
+    declared: list[dict],
+    kind: str,
+    calls: list[dict],
+    values: list,
+) -> Sample:
     """The tool has answered; the model tells the user, and may be asked something else afterwards."""
     result = TOOLS[kind].result(rng, values)
     wrapped = [{"id": "call_0", "type": "function", "function": call} for call in calls]
-    messages = [*messages, {"role": "assistant", "content": "", "tool_calls": wrapped},
-                {"role": "tool", "tool_call_id": "call_0", "content": json.dumps(result)}]
+    messages = [
+        *messages,
+        {"role": "assistant", "content": "", "tool_calls": wrapped},
+        {"role": "tool", "tool_call_id": "call_0", "content": json.dumps(result)},
+    ]
     answer = TOOLS[kind].tell(values, result)
     if rng.random() < 0.3:
         ask, following = small_talk(rng, split)
@@ -473,6 +627,7 @@ def tool_result(rng: random.Random, split: str) -> Sample:
 
 # Chats of several turns.
 
+
 def _user(text: str) -> dict:
     return {"role": "user", "content": text}
 
@@ -488,10 +643,29 @@ def _system(rng: random.Random, text: str | None = None) -> dict:
 
 
 TURNS: dict[str, Callable[..., Turn]] = {
-    "add": add, "add_hundreds": add_hundreds, "subtract": subtract, "times": times, "copy": copy, "recall": recall,
-    "sort": sort, "count": count, "greet": greet, "unknown": unknown}
-TURN_SHARES = {"add": 24, "add_hundreds": 4, "subtract": 13, "times": 6, "copy": 22, "recall": 7, "sort": 15,
-               "count": 2, "greet": 4, "unknown": 3}
+    "add": add,
+    "add_hundreds": add_hundreds,
+    "subtract": subtract,
+    "times": times,
+    "copy": copy,
+    "recall": recall,
+    "sort": sort,
+    "count": count,
+    "greet": greet,
+    "unknown": unknown,
+}
+TURN_SHARES = {
+    "add": 24,
+    "add_hundreds": 4,
+    "subtract": 13,
+    "times": 6,
+    "copy": 22,
+    "recall": 7,
+    "sort": 15,
+    "count": 2,
+    "greet": 4,
+    "unknown": 3,
+}
 
 
 RAW = {"add", "add_hundreds", "subtract", "times", "greet", "unknown", "recall"}
@@ -543,6 +717,7 @@ def chat(rng: random.Random, split: str, budget: int = 200) -> Sample:
 
 # What the training draws from, by room in pieces, and what the evaluation asks.
 
+
 def draw(rng: random.Random, room: int) -> Sample:
     """A training sample of at most about `room` pieces; long rooms are mostly filled.
 
@@ -578,6 +753,7 @@ def _alone(task: str, raw: bool = False) -> Callable[[random.Random, str], Sampl
         while raw and ask[-1] not in "?=.":
             ask, answer = TURNS[task](rng, split)
         return Sample(f"{task} raw" if raw else task, Chat([_user(ask)], raw=raw), answer)
+
     return make
 
 
@@ -586,9 +762,14 @@ def _needle_anywhere(rng: random.Random, split: str) -> Sample:
 
 
 TASKS: dict[str, Callable[[random.Random, str], Sample]] = {
-    **{task: _alone(task) for task in TURNS}, "add raw": _alone("add", raw=True),
+    **{task: _alone(task) for task in TURNS},
+    "add raw": _alone("add", raw=True),
     "subtract raw": _alone("subtract", raw=True),
-    "tool": tool, "tool result": tool_result, "chat": chat, "needle": _needle_anywhere}
+    "tool": tool,
+    "tool result": tool_result,
+    "chat": chat,
+    "needle": _needle_anywhere,
+}
 
 
 def corpus(rng: random.Random, num_samples: int) -> list[Sample]:

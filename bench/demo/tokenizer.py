@@ -17,7 +17,7 @@ from bench.demo import tasks
 
 VOCAB = 768
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]       # visible text, each one token
+MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # visible text, each one token
 SPLIT = r"\p{N}|\p{L}+|\s|[^\s\p{L}\p{N}]+"
 
 TEMPLATE = """\
@@ -86,22 +86,46 @@ def build(folder: Path, seed: int) -> None:
     words = [tasks.NAMES, tasks.CITIES, tasks.WORDS, *([t] for t in tasks.TIMES)]
     texts += [" ".join(group) for group in words] * 40
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIAL) - len(MARKS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB - len(SPECIAL) - len(MARKS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     bpe.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in MARKS])
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    added = {str(bpe.token_to_id(token)): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                                           "single_word": False, "special": token in SPECIAL}
-             for token in SPECIAL + MARKS}
-    config = {"added_tokens_decoder": added, "additional_special_tokens": SPECIAL[1:], "bos_token": None,
-              "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "model_max_length": 4096,
-              "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None}
+    added = {
+        str(bpe.token_to_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token in SPECIAL,
+        }
+        for token in SPECIAL + MARKS
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": SPECIAL[1:],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 4096,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -32,12 +32,20 @@ from bench.demo.tokenizer import VOCAB, build, prompt
 
 RECIPES: dict[str, dict[str, Any]] = {
     "qwen3": {
-        "model_type": "qwen3", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+        "model_type": "qwen3",
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
 }
-SHAPES = {64: 512, 512: 64, 1024: 32, 2048: 16}      # length: rows; about as many tokens in each
-CURRICULUM = [                                       # from this progress on: the share of steps at each length
+SHAPES = {64: 512, 512: 64, 1024: 32, 2048: 16}  # length: rows; about as many tokens in each
+CURRICULUM = [  # from this progress on: the share of steps at each length
     (0.00, {64: 0.60, 512: 0.40}),
     (0.12, {64: 0.45, 512: 0.35, 1024: 0.20}),
     (0.30, {64: 0.40, 512: 0.28, 1024: 0.12, 2048: 0.20}),
@@ -50,14 +58,16 @@ AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
 class Batches:
     """Batches from worker processes, made ahead. When none is ready, an old one of that length is used again."""
 
-    def __init__(self, pool: ProcessPoolExecutor, folder: Path, seed: int, shapes: dict[int, int], ahead: int,
-                 device: str):
+    def __init__(
+        self, pool: ProcessPoolExecutor, folder: Path, seed: int, shapes: dict[int, int], ahead: int, device: str
+    ):
         self.pool, self.folder, self.seed, self.shapes, self.device = pool, folder, seed, shapes, device
         self.used: dict[int, list[tuple[Tensor, Tensor]]] = {length: [] for length in shapes}
         self.num_made, self.num_fresh, self.num_again = 0, 0, 0
         self.rng = random.Random(seed)
-        self.waiting: dict[int, list[Future]] = {length: [self._make(length) for _ in range(ahead)]
-                                                 for length in shapes}
+        self.waiting: dict[int, list[Future]] = {
+            length: [self._make(length) for _ in range(ahead)] for length in shapes
+        }
 
     def _make(self, length: int) -> Future:
         self.num_made += 1
@@ -128,8 +138,9 @@ class Gradients:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, folder: Path, chats: list[Chat], most_new: int = 160,
-           most_tokens: int = 2**17) -> list[str]:
+def greedy(
+    model: PreTrainedModel, folder: Path, chats: list[Chat], most_new: int = 160, most_tokens: int = 2**17
+) -> list[str]:
     """Greedy answers in batches of like length. No KV cache: rows are padded on the right as in training."""
     tokenizer, device = data.load(folder), model.device
     ends = [data.token_id(tokenizer, token) for token in ("<|endoftext|>", "<|im_end|>")]
@@ -142,19 +153,19 @@ def greedy(model: PreTrainedModel, folder: Path, chats: list[Chat], most_new: in
         lens = torch.tensor([len(prompts[i]) for i in part], device=device)
         ids = torch.full((rows, int(lens.max()) + most_new), ends[0], device=device)
         for row, i in enumerate(part):
-            ids[row, :len(prompts[i])] = torch.tensor(prompts[i], device=device)
+            ids[row, : len(prompts[i])] = torch.tensor(prompts[i], device=device)
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         for new in range(most_new):
             kept = alive.nonzero().flatten()
             at = lens[kept] + new
-            hidden = model.model(input_ids=ids[kept, :int(at.max())], use_cache=False).last_hidden_state
+            hidden = model.model(input_ids=ids[kept, : int(at.max())], use_cache=False).last_hidden_state
             best = model.lm_head(hidden[torch.arange(len(kept), device=device), at - 1]).argmax(-1)
             ids[kept, at] = best
             alive[kept] = ~torch.isin(best, torch.tensor(ends, device=device))
             if not alive.any():
                 break
         for row, i in enumerate(part):
-            new_ids = ids[row, len(prompts[i]):].tolist()
+            new_ids = ids[row, len(prompts[i]) :].tolist()
             stop = next((k for k, token in enumerate(new_ids) if token in ends), len(new_ids))
             answers[i] = tokenizer.decode(new_ids[:stop], skip_special_tokens=False)
     return answers
@@ -188,14 +199,22 @@ def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace) ->
         seen[length] += 1
         step += 1
         if step % args.print_every == 0:
-            means = "  ".join(f"{length}: {torch.stack(values).mean().item():.4f}"
-                              for length, values in losses.items() if values)
+            means = "  ".join(
+                f"{length}: {torch.stack(values).mean().item():.4f}" for length, values in losses.items() if values
+            )
             losses = {length: [] for length in losses}
-            print(f"step {step}  {time.time() - start:.0f} s  {100 * progress:.0f} %  loss at length  {means}  "
-                  f"batches again {batches.num_again}", flush=True)
+            print(
+                f"step {step}  {time.time() - start:.0f} s  {100 * progress:.0f} %  loss at length  {means}  "
+                f"batches again {batches.num_again}",
+                flush=True,
+            )
         progress = step / args.steps if args.steps else (time.time() - start) / (60 * args.minutes)
-    return {"steps": step, "seconds": round(time.time() - start, 1), "steps_by_length": dict(seen),
-            "batches": {"fresh": batches.num_fresh, "again": batches.num_again}}
+    return {
+        "steps": step,
+        "seconds": round(time.time() - start, 1),
+        "steps_by_length": dict(seen),
+        "batches": {"fresh": batches.num_fresh, "again": batches.num_again},
+    }
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -231,8 +250,15 @@ def main() -> None:
         batches = Batches(pool, args.out, args.seed, shapes, 2 + 2 * args.workers, args.device)
         tokenizer = data.load(args.out)
         end, pad = (data.token_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>"))
-        config = AutoConfig.for_model(**RECIPES[args.recipe], vocab_size=VOCAB, max_position_embeddings=4096,
-                                      initializer_range=0.04, bos_token_id=None, eos_token_id=end, pad_token_id=pad)
+        config = AutoConfig.for_model(
+            **RECIPES[args.recipe],
+            vocab_size=VOCAB,
+            max_position_embeddings=4096,
+            initializer_range=0.04,
+            bos_token_id=None,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="causal_sdpa").float().to(args.device)
         num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{args.recipe}: {num_parameters} parameters; start-up {time.time() - began:.1f} s", flush=True)
@@ -247,13 +273,25 @@ def main() -> None:
         for sample, got in group:
             print(f"missed {task}: {sample.chat.messages[-1]['content'][-120:]!r} -> {got!r}, not {sample.answer!r}")
     record = {
-        "recipe": args.recipe, "parameters": num_parameters, "seed": args.seed, "lr": args.lr, **result,
-        "batch_rows_by_length": shapes, "total_seconds": round(time.time() - began, 1),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "cuda_graphs": args.graphs,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                     "transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "recipe": args.recipe,
+        "parameters": num_parameters,
+        "seed": args.seed,
+        "lr": args.lr,
+        **result,
+        "batch_rows_by_length": shapes,
+        "total_seconds": round(time.time() - began, 1),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "cuda_graphs": args.graphs,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
         "held_out_samples_per_task": args.num_eval,
-        "greedy_accuracy": {task: round(score, 4) for task, score in scores.items()}}
+        "greedy_accuracy": {task: round(score, 4) for task, score in scores.items()},
+    }
     (args.out / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"saved to {args.out}; {record['total_seconds']} s in all", flush=True)
 

@@ -86,7 +86,7 @@ class Scheduler:
         self.num_prefix_hits = 0
 
     def admit(self, inbox: deque[Request | Abort]) -> None:
-        """Empty the inbox: new requests join the queue, aborted ones end wherever they stand. Unknown ids do nothing."""
+        """Empty the inbox: new requests join the queue, aborted ones end wherever they are. Unknown ids are skipped."""
         while inbox:
             message = inbox.popleft()
             if isinstance(message, Request):
