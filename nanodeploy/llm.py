@@ -121,18 +121,20 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers to one conversation, a list of {"role", "content"}, or to a list of them, as from generate()."""
+        """Answers to one conversation, a list of {"role", "content"}, or to a list of them, as from generate().
+
+        `tools` are what the template tells the model of, in OpenAI's form; a call comes back as text, unparsed.
+        """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
         tokenizer, template = self._chat_parts()
         plain = []
         for i, conversation in enumerate(conversations):
             with _naming(f"messages[{i}]"):
-                text = template.render(
-                    conversation, kwargs=chat_template_kwargs, add_generation_prompt=add_generation_prompt
-                )
+                text = template.render(conversation, tools, chat_template_kwargs, add_generation_prompt)
             plain.append((text, tokenizer.encode(text, add_special_tokens=False)))
         return self._run(plain, self._params_for(sampling_params, len(plain)), use_tqdm)
 

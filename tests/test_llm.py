@@ -281,6 +281,18 @@ def test_chat(copier):
         copier.chat([talk, [{"role": "cat", "content": "meow"}]])
 
 
+def test_chat_tells_the_template_of_tools_and_options():
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+    talk = [{"role": "user", "content": "What is the weather in Paris?"}]
+    with LLM("demo:qwen3", device="cpu", num_kvcache_blocks=32, max_model_len=1024) as llm:
+        params = SamplingParams(temperature=0, max_tokens=64)
+        (plain,), (told,) = (llm.chat(talk, params, use_tqdm=False, tools=given) for given in (None, tools))
+        assert "get_weather" in told.prompt and "get_weather" not in plain.prompt
+        assert '"name": "get_weather"' in told.outputs[0].text and "<tool_call>" not in plain.outputs[0].text
+        (quiet,) = llm.chat(talk, params, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
+        assert quiet.prompt.endswith("</think>\n\n")
+
+
 def test_chat_without_a_template(bare_copier):
     with pytest.raises(RequestError, match="no chat template"):
         bare_copier.chat([{"role": "user", "content": "hi"}])
