@@ -136,7 +136,7 @@ def test_documents_name_what_exists(path):
     for named in re.findall(r"`((?:nanodeploy|bench|tests|docs|examples)/[\w./-]+)`", text):
         if "mine.py" not in named:
             assert (ROOT / named).exists(), f"{path.name} names {named}"
-    for module in re.findall(r"python -m (bench\.\w+)", text):
+    for module in re.findall(r"python -m (bench(?:\.\w+)+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{path.name} names {module}"
     for command in re.findall(r"nanodeploy serve [^\n`]*", text):
         for flag in re.findall(r"--([\w-]+)", command):
