@@ -81,7 +81,7 @@ def _random(model: str, name: str) -> ModelFiles:
     path = shapes.get(name.lower().removeprefix(RANDOM))
     if path is None:
         raise _unknown(model)
-    config = _read(path)
+    config = read_json(path)
     return ModelFiles(model, None, config, {}, None, _eos_token_ids(config, {}), dummy=True)
 
 
@@ -98,15 +98,16 @@ def _directory(model: str, directory: Path) -> ModelFiles:
         raise ConfigError(f"{model} is a file; wanted a directory with config.json and *.safetensors.")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{model} has no config.json; wanted a directory in Hugging Face's layout.")
-    config = _read(directory / "config.json")
+    config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
-    generation_config = _read(generation) if generation.is_file() else {}
+    generation_config = read_json(generation) if generation.is_file() else {}
     tokenizer_dir = directory if (directory / "tokenizer.json").is_file() else None
     eos_token_ids = _eos_token_ids(config, generation_config)
     return ModelFiles(model, directory, config, generation_config, tokenizer_dir, eos_token_ids, dummy=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model directory. Raises CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -2,13 +2,13 @@
 
 import codecs
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 
+from nanodeploy.catalog import read_json
 from nanodeploy.errors import CheckpointError
 
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
@@ -37,7 +37,7 @@ class Tokenizer:
     def __init__(self, directory: Path):
         """Raises CheckpointError on files that cannot be read."""
         path = directory / "tokenizer.json"
-        source = _read_json(path)
+        source = read_json(path)
         if not isinstance(source.get("model"), dict):
             raise CheckpointError(f"{path} has no `model`; it is not a tokenizer of the tokenizers library.")
         self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -45,7 +45,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.config: dict[str, Any] = {}
         if (directory / "tokenizer_config.json").is_file():
-            self.config = _read_json(directory / "tokenizer_config.json")
+            self.config = read_json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
         self.chat_template = (
             template.read_text(encoding="utf-8") if template.is_file() else _default(self.config.get("chat_template"))
@@ -169,13 +169,3 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(value, str):
             found[key] = value
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; wanted an object.")
-    return value
