@@ -1,6 +1,7 @@
 """The gate: what every kernel of every op must pass before anybody times it. tests/ops runs the same checks.
 
 python -m bench.gate OP [--kernel K] [--cases N]    the verdict on one op's kernels
+python -m bench.gate --file PATH                    the verdict on the kernels of one file
 python -m bench.gate --all                          all ops; on a GPU it writes bench/results/<machine>/gate.json
 python -m bench.gate --changed                      names the kernels that changed since the newest receipt
 
@@ -11,9 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -38,90 +37,12 @@ from bench.header import ROOT
 from nanodeploy import ops  # noqa: F401  loads every room into OPS
 from nanodeploy.config import cache_dir, triton_interpret
 from nanodeploy.ops import machine
+from nanodeploy.ops.agreement import Truth, alone, bits, call, names, outputs
 from nanodeploy.ops.registry import OPS, Kernel, Op
 
 QUICK, FULL = 16, 48  # drawn cases: while working on a kernel, and for the receipt
 SIZES = ("num_tokens", "num_seqs")  # the fields of a Case that vary between the calls of a running engine
-INNER = 64 * torch.finfo(torch.float32).eps
-CHUNK = 2**26  # elements compared at a time, so that float64 copies stay small
 TIMEOUT_S = 900  # for one process of --all
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-# ---- what agreement means
-
-
-def disagreement(name: str, got: Tensor, ref: Tensor, truth: Tensor | None) -> str | None:
-    """A complaint if `got` is further from the truth than the reference's own error allows, else None.
-
-    truth is the reference run on float64 copies of the same inputs; ref ran in the working dtype, so ref - truth is the
-    error that the op's own definition makes there. A kernel may sum in another order and round an intermediate to
-    the working dtype, which costs about as much again; it may not be worse in kind:
-      each element:  |got - truth| <= 3 max|ref - truth| of its row + eps rms(truth) of its row + inner (rms + |truth|)
-      the whole:     ||got - truth|| <= 2 ||ref - truth|| + (eps/4 + inner) ||truth||
-    The first line catches one wrong element, the second a small error everywhere. A row is the last axis: rows may
-    differ in scale by orders of magnitude. eps, the dtype's spacing at 1, leaves room where the reference happens to be
-    exact. inner, 64 spacings of fp32, is for the arithmetic inside: what a whole row shares (a norm's scale), and a
-    softmax that multiplies the rounding of its scores by their size. It matters where the dtype is fp32 itself.
-    Integers must be equal; NaN and infinities must stand in the same places.
-    truth None (tensors too large for float64): ref stands for it, with 4 eps rms + eps |ref| and eps ||ref||.
-    """
-    if got.shape != ref.shape or got.dtype != ref.dtype:
-        return f"{name} is {got.dtype} {tuple(got.shape)}; the reference gives {ref.dtype} {tuple(ref.shape)}"
-    if got.numel() == 0:
-        return None
-    width = got.shape[-1] if got.ndim else 1
-    tensors = [t.reshape(-1, width) for t in ((got, ref) if truth is None else (got, ref, truth))]
-    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
-    sums = torch.zeros(3, dtype=torch.float64, device=got.device)  # of error^2, (ref - truth)^2, truth^2
-    rows_at_once = max(1, CHUNK // width)
-    for first in range(0, tensors[0].shape[0], rows_at_once):
-        part = [t[first : first + rows_at_once] for t in tensors]
-        say = functools.partial(_complaint, name, part, first * width, got.shape)
-        if not got.is_floating_point():
-            if (wrong := part[0] != part[1]).any():
-                return say(wrong, "differ from the reference")
-            continue
-        g, r, known = (part[i].double() for i in (0, 1, -1))
-        for kind, is_kind in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-            if (wrong := is_kind(g) != is_kind(r)).any():
-                return say(wrong, f"are {kind} in one, not in the other")
-        finite = r.isfinite() & known.isfinite()
-        g, r, known = (torch.where(finite, t, 0) for t in (g, r, known))
-        error, own = (g - known).abs(), (r - known).abs()
-        rms = known.square().mean(-1, keepdim=True).sqrt()
-        if truth is None:
-            allowed = eps * known.abs() + 4 * eps * rms
-        else:
-            allowed = 3 * own.amax(-1, keepdim=True) + eps * rms + INNER * (rms + known.abs())
-        if (wrong := error > allowed).any():
-            return say(wrong, "are outside the error budget", error, allowed)
-        sums += torch.stack([t.square().sum() for t in (error, own, known)])
-    error_norm, own_norm, truth_norm = sums.sqrt().tolist()
-    budget = eps * truth_norm if truth is None else 2 * own_norm + (eps / 4 + INNER) * truth_norm
-    if error_norm > budget:
-        return f"{name}: each element is within its budget, but ||error|| {error_norm:.3e} exceeds {budget:.3e}"
-    return None
-
-
-def _complaint(
-    name: str,
-    part: list[Tensor],
-    offset: int,
-    shape: torch.Size,
-    wrong: Tensor,
-    what: str,
-    error: Tensor | None = None,
-    allowed: Tensor | None = None,
-) -> str:
-    """How many elements are wrong, and the worst (without an error to go by: the first) with its values."""
-    severity = wrong.int() if error is None or allowed is None else torch.where(wrong, error - allowed, -torch.inf)
-    flat = int(severity.flatten().argmax())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(offset + flat), shape)]
-    values = ", ".join(f"{who} {t.flatten()[flat].item():.7g}" for who, t in zip(("got", "reference", "truth"), part))
-    if error is not None and allowed is not None:
-        values += f"; error {error.flatten()[flat].item():.3e}, allowed {allowed.flatten()[flat].item():.3e}"
-    return f"{name}: {int(wrong.sum())} of {wrong.numel()} elements {what}, as at {index}: {values}"
 
 
 # ---- running one kernel
@@ -177,84 +98,6 @@ def forced(op: Op, kernel_name: str | None) -> Iterator[None]:
         op.decided.clear()
 
 
-def call(op: Op, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
-    """Run on copies of what the op mutates. Returns (what fn returned, everything it made: outputs and mutated)."""
-    mutated = {name: _copy(args[index]) for index, name in enumerate(names(op)) if name in op.mutates}
-    returned = fn(*(mutated.get(name, arg) for name, arg in zip(names(op), args)))
-    return returned, outputs(returned) | mutated
-
-
-def outputs(returned: Any) -> dict[str, Tensor]:
-    """What an op returned, by name: nothing, `out`, or `out[0]`, `out[1]`, ..."""
-    if isinstance(returned, (tuple, list)):
-        return {f"out[{i}]": tensor for i, tensor in enumerate(returned)}
-    return {} if returned is None else {"out": returned}
-
-
-def names(op: Op) -> tuple[str, ...]:
-    """The op's argument names, in order."""
-    return tuple(inspect.signature(op.reference).parameters)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor as integers, so that NaN equals itself."""
-    return tensor.view(BITS[tensor.element_size()])
-
-
-def wide(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating tensors as float64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
-@dataclass
-class Truth:
-    """What one call should have given: the reference in the working dtype, and on float64 inputs."""
-
-    op: Op
-    case: Any
-    args: tuple[Any, ...]
-    with_float64: bool = True
-    returned: Any = None
-    ref: dict[str, Tensor] = field(default_factory=dict)
-    truth: dict[str, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self.returned, self.ref = call(self.op, self.op.reference, self.args)
-        # An op whose outputs are all judged by the room's own `agrees` needs no budget.
-        if self.with_float64 and not hasattr(self.op.cases, "agrees"):
-            self.truth = call(self.op, self.op.reference, wide(self.args))[1]
-
-    def complaint(self, returned: Any, got: dict[str, Tensor]) -> str | None:
-        """The first thing wrong with a kernel's result, by the room's `agrees` or by the error budget."""
-        if got.keys() != self.ref.keys():
-            return f"returned {', '.join(got)}; the reference returns {', '.join(self.ref)}"
-        agrees = getattr(self.op.cases, "agrees", None)
-        if agrees is not None:
-            return agrees(self.args, returned, self.returned, self.case)
-        for name, tensor in got.items():
-            truth = self.truth[name] if self.truth else None
-            if complaint := disagreement(name, tensor, self.ref[name], truth):
-                return complaint
-        return None
-
-    def stray_write(self, got: dict[str, Tensor]) -> str | None:
-        """What of a mutated argument changed although the room (or else the reference) does not write it."""
-        declared = self.op.cases.owned(self.case, self.args) if hasattr(self.op.cases, "owned") else {}
-        for name in self.op.mutates:
-            before = _bits(self.args[names(self.op).index(name)])
-            after = _bits(got[name])
-            may_change = declared[name] if name in declared else _bits(self.ref[name]) != before
-            stray = (after != before) & ~may_change
-            if stray.any():
-                at = [int(i) for i in torch.unravel_index(stray.flatten().int().argmax(), stray.shape)]
-                return f"poison: wrote {int(stray.sum())} elements of {name} that are not its own, as at {at}"
-        return None
-
-
 def open_case(case: Any) -> Any:
     """The case without what only the host knows, so that `make` draws it from its seed."""
     unknown = {f.name: None for f in dataclasses.fields(case) if f.default is None}
@@ -272,7 +115,7 @@ def agreement(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int
     with poisoned_memory():
         returned, got = call(op, kernel.fn, args)
     for name, tensor in inputs.items():
-        assert torch.equal(_bits(tensor), _bits(before[name])), f"wrote into its input {name}"
+        assert torch.equal(bits(tensor), bits(before[name])), f"wrote into its input {name}"
     expected = Truth(op, case, args)
     assert (stray := expected.stray_write(got)) is None, stray
     complaint = expected.complaint(returned, got)
@@ -288,18 +131,6 @@ def laws(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> 
             law(kernel.fn, case, device, seed)
 
 
-def alone(op: Op, args: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], slice]]:
-    """Every row of a call as a call of its own, with the place of its result in the batch's."""
-    if hasattr(op.cases, "alone"):
-        return op.cases.alone(args)
-    split = [name in op.cases.ROWS for name in names(op)]
-    num_rows = args[split.index(True)].shape[0]
-    return [
-        (tuple(a[i : i + 1] if s and a is not None else a for a, s in zip(args, split)), slice(i, i + 1))
-        for i in range(num_rows)
-    ]
-
-
 def invariance(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
     """A row's bits are the same alone and in the batch. The first, the last and two rows between are tried."""
     args = op.cases.make(case, device, seed)
@@ -312,7 +143,7 @@ def invariance(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: in
         if not kernel.when(op.cases.of(*one_args)):
             continue
         for name, one in call(op, kernel.fn, one_args)[1].items():
-            same = torch.equal(_bits(one.contiguous()), _bits(whole[name][place].contiguous()))
+            same = torch.equal(bits(one.contiguous()), bits(whole[name][place].contiguous()))
             assert same, f"{name} of row {index} of {len(rows)} has other bits alone than in the batch"
 
 
@@ -341,9 +172,16 @@ def capture(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) 
         for out in outputs(returned).values():
             out.fill_(torch.nan if out.is_floating_point() else -1)
         graph.replay()
-        got = outputs(returned) | {n: a for n, a in zip(names(op), static) if n in op.mutates}
+        got = outputs(returned) | {n: a for n, a in zip(names(op), static) if n in op.mutates and a is not None}
         complaint = expected[id(args)].complaint(returned, got)
         assert complaint is None, f"replay {replay} of a CUDA graph: {complaint}"
+
+
+def opcheck(op: Op, args: tuple[Any, ...]) -> None:
+    """torch.library.opcheck, but for the test that no input changes where one is of fp8: torch cannot compare those."""
+    has_fp8 = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in args)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op.torch_op, args, test_utils=tests[1:] if has_fp8 else tests)
 
 
 def compiler(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int) -> None:
@@ -354,7 +192,7 @@ def compiler(op: Op, kernel: Kernel, case: Any, device: torch.device, seed: int)
     torch._dynamo.reset()
     # By default two axes of one length are taken for one axis, and a call where they differ compiles again.
     with forced(op, kernel.name), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        torch.library.opcheck(op.torch_op, bigger)
+        opcheck(op, bigger)
         backend = CountingBackend("inductor" if device.type == "cuda" else "aot_eager")
         compiled = torch.compile(lambda *args: op(*args), backend=backend, fullgraph=True, dynamic=True)
         call(op, compiled, bigger)
@@ -506,8 +344,16 @@ CHECKS: dict[str, Callable[[Op, Kernel, Any, torch.device, int], None]] = {
 }
 
 
-def examine(op: Op, kernel: Kernel, device: torch.device, count: int, shard: int = 0, num_shards: int = 1) -> Verdict:
-    """Every check on its cases (on this shard's share of them); stops at the first that fails."""
+def examine(
+    op: Op,
+    kernel: Kernel,
+    device: torch.device,
+    count: int,
+    shard: int = 0,
+    num_shards: int = 1,
+    without: tuple[str, ...] = (),
+) -> Verdict:
+    """Every check but those `without` on its cases (on this shard's share of them); stops at the first that fails."""
     verdict = Verdict(op.name, kernel.name, str(Path(kernel.path).relative_to(ROOT)))
     if reason := why_not(kernel, device):
         verdict.not_run = dict.fromkeys(CHECKS, reason)
@@ -515,6 +361,8 @@ def examine(op: Op, kernel: Kernel, device: torch.device, count: int, shard: int
     begin = time.perf_counter()
     try:
         for check, todo in plan(op, kernel, device, count).items():
+            if check in without:
+                todo = "left out"
             if isinstance(todo, str):
                 verdict.not_run[check] = todo
                 continue
@@ -546,6 +394,12 @@ def gate(op_name: str, kernel_name: str | None, count: int, shard: int = 0, num_
     op = OPS[op_name]
     kernels = [op.kernels[kernel_name]] if kernel_name else list(op.kernels.values())
     return [examine(op, kernel, default_device(), count, shard, num_shards) for kernel in kernels]
+
+
+def gate_file(path: Path, count: int, without: tuple[str, ...] = ()) -> list[Verdict]:
+    """The verdicts on the kernels that a file registers, whichever ops they are of."""
+    found = [(op, k) for op in OPS.values() for k in op.kernels.values() if Path(k.path).resolve() == path.resolve()]
+    return [examine(op, kernel, default_device(), count, without=without) for op, kernel in found]
 
 
 def gate_apart(op_name: str, count: int, shard: int, num_shards: int) -> list[Verdict]:
@@ -602,6 +456,8 @@ def main() -> int:
     )
     parser.add_argument("op", nargs="?", choices=sorted(OPS))
     parser.add_argument("--kernel", help="only this kernel")
+    parser.add_argument("--file", type=Path, help="only the kernels that this file registers; no OP then")
+    parser.add_argument("--without", choices=CHECKS, action="append", default=[], help="with --file: leave out a check")
     parser.add_argument("--cases", type=int, help=f"drawn cases per kernel; default {QUICK}, with --all {FULL}")
     parser.add_argument("--all", action="store_true", help="every op; on a GPU, write the receipt")
     parser.add_argument("--changed", action="store_true", help="what changed since the newest receipt; exit status 0")
@@ -621,12 +477,15 @@ def main() -> int:
         if torch.cuda.is_available():
             print(f"receipt: {write_receipt(verdicts)}")
         return int(any(v.failure for v in verdicts))
-    if not args.op:
-        parser.error("name an op, or --all, or --changed")
-    if args.kernel and args.kernel not in OPS[args.op].kernels:
+    if not args.op and not args.file:
+        parser.error("name an op, or --file, or --all, or --changed")
+    if args.op and args.kernel and args.kernel not in OPS[args.op].kernels:
         parser.error(f"{args.op} has no kernel {args.kernel}; there are {', '.join(OPS[args.op].kernels)}")
     shard, num_shards = (int(n) for n in args.shard.split("/"))
-    verdicts = gate(args.op, args.kernel, args.cases or QUICK, shard, num_shards)
+    if args.file:
+        verdicts = gate_file(args.file, args.cases or QUICK, tuple(args.without))
+    else:
+        verdicts = gate(args.op, args.kernel, args.cases or QUICK, shard, num_shards)
     if args.json:
         print(json.dumps([dataclasses.asdict(v) for v in verdicts]))
     else:

@@ -32,6 +32,7 @@ from bench import header, machine
 from nanodeploy import LLM, SamplingParams, catalog, flags
 from nanodeploy.config import Config
 from nanodeploy.models import registry
+from nanodeploy.runtime import cache
 from nanodeploy.wire import GenerateRequest
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
@@ -92,7 +93,8 @@ class Work:
         shape: Any = model.shape
         total = sum(p.numel() for p in model.parameters())
         embedding = shape.vocab_size * shape.hidden_size
-        layouts = [need.layout(config.kvcache_block_size, dtype) for need in model.cache_needs()]
+        kv_dtype = cache.KV_DTYPES.get(config.kv_cache_dtype, dtype)
+        layouts = [need.layout(config.kvcache_block_size, kv_dtype) for need in model.cache_needs()]
         return Work(
             weight_bytes=(total - (0 if shape.tied else embedding)) * dtype.itemsize,
             kv_token_bytes=sum(layout.token_bytes for layout in layouts),
@@ -152,7 +154,9 @@ class Bench:
         return [[self.rng.randint(0, self.max_token) for _ in range(length)] for _ in range(batch)]
 
     def warm_up(self) -> None:
-        """What the peers' driver ran first."""
+        """What the peers' driver ran first; and the graphs, which they capture at start-up and we in idle moments."""
+        while self.llm.engine.idle():
+            pass
         generate_s(self.llm, self.prompts(1, 4), sampling(16))
         generate_s(self.llm, self.prompts(8, 1000), sampling(16))
 
@@ -173,8 +177,11 @@ class Bench:
     def decode(self, args: argparse.Namespace) -> list[Row]:
         rows = []
         for batch in args.batches:
+            # Others of the same lengths first: a step of a new size is captured when it first runs.
+            generate_s(self.llm, self.prompts(batch, PROMPT_LEN), sampling(1))
             prompts = self.prompts(batch, PROMPT_LEN)
             prefill_s = generate_s(self.llm, prompts, sampling(1))
+            generate_s(self.llm, prompts, sampling(SHORT))
             tpots_s = []
             for _ in range(2):
                 short_s = generate_s(self.llm, prompts, sampling(SHORT))
@@ -281,9 +288,26 @@ def busy_and_gaps(intervals: Iterable[tuple[float, float]], min_gap: float) -> t
 # The report
 
 
+def title(config: Config) -> str:
+    """The model's name, and what makes its figures another's: qwen3-8b, qwen3-8b-fp8, qwen3-8b-deterministic."""
+    name = Path(config.model.removeprefix("demo:").removeprefix("random-")).name.lower()
+    return name + variant(config) + ("-deterministic" if config.deterministic else "")
+
+
+def variant(config: Config) -> str:
+    """What the peers were measured with too: "-fp8" for an FP8 KV cache."""
+    return "-fp8" if config.kv_cache_dtype == "fp8" else ""
+
+
+def result_path(where: str | Path, kind: str, config: Config, *parts: str) -> Path:
+    """`where` itself if it is a JSON file's name, else the file of this kind of result in that folder."""
+    where = Path(where)
+    return where if where.suffix == ".json" else where / f"{'-'.join((kind, title(config), *parts))}.json"
+
+
 def peers_of(config: Config) -> dict[str, Any]:
-    """What peers.json knows about this model: peer -> its figures."""
-    name = config.model.removeprefix("demo:").lower()
+    """What peers.json knows about this model with this cache: peer -> its figures."""
+    name = config.model.removeprefix("demo:").lower() + variant(config)
     return PEERS["models"].get(name, {})
 
 
@@ -349,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prefill-len", type=int, default=16384, help="of the prefill test, cut to what the model takes")
     made.add_argument("--repeat", type=int, default=1, help="runs of W; the best counts")
     made.add_argument("--idle", action="store_true", help="the idle test too")
-    made.add_argument("--json", help="write the results here")
+    made.add_argument("--json", help="write the results to this file, or to offline-<model>.json in this folder")
     made.add_argument("--commit", help="commit of this tree, where it travelled without git")
     return made
 
@@ -365,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = machine.limits() if torch.cuda.is_available() else None  # before the engine takes the memory
     start = time.perf_counter()
     with LLM(**config.to_dict()) as llm:
+        while llm.engine.idle():  # the peers capture their graphs before they are ready; so do we before the clock runs
+            pass
         start_s = time.perf_counter() - start
         dtype = getattr(torch, llm.info["config"]["dtype"])
         max_token = min(MAX_TOKEN, llm.engine.vocab_size - 1)
@@ -384,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     print("memory (GiB): " + ", ".join(f"{name} {gib:.1f}" for name, gib in memory_gib.items()))
     if args.json:
-        header.write_json(args.json, results, commit=args.commit)
+        header.write_json(result_path(args.json, "offline", config), results, commit=args.commit)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from bench.slice import Model
 from bench.timing import Timing, input_sets, stream_time, time_call
 from nanodeploy.ops import machine
 from nanodeploy.ops.registry import CHOICES, OPS, Kernel, Op
+from nanodeploy.tune import winners
 
 REFERENCE_FLOPS = 1e11  # a reference is timed where it is cheap
 BASES = tempfile.TemporaryDirectory(prefix="nanodeploy-base-")  # sources of other revisions; Triton reads them again
@@ -209,28 +209,9 @@ def add_slice(report: Report, kernel_names: list[str]) -> None:
 
 
 def choices(op: Op, rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows for nanodeploy/ops/choices: in each region of the room, the fastest over its points (geometric mean).
-
-    Only kernels that run at all points of a region count. A winner that no CUDA graph can hold is followed by the
-    fastest that one can, which dispatch takes while it captures. Empty for an op with one contender.
-    """
+    """Rows for nanodeploy/ops/choices, as `nanodeploy tune` makes them. Empty for an op with one contender."""
     us = {(row.kernel, row.point): row.us for row in rows if row.kernel in op.kernels}
-    names = list(dict.fromkeys(kernel for kernel, _ in us))
-    if len(names) < 2:
-        return []
-    found = []
-    for where, points in getattr(op.cases, "REGIONS", [({}, list(op.cases.POINTS))]):
-        means = {
-            name: math.exp(sum(math.log(us[name, point]) for point in points) / len(points))
-            for name in names
-            if all((name, point) in us for point in points)
-        }
-        ranked = sorted(means, key=lambda name: means[name])
-        winners = [*ranked[:1], *[name for name in ranked if op.kernels[name].capturable][:1]]
-        for winner in dict.fromkeys(winners):
-            slower_by = {name: round(means[name] / means[winner], 3) for name in ranked if name != winner}
-            found.append({"where": where, "kernel": winner, "slower_by": slower_by})
-    return found
+    return winners(op, us) if len({kernel for kernel, _ in us}) > 1 else []
 
 
 def write_choices(reports: list[Report]) -> Path:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.gate import forced
 from bench.timing import graph_time, stream_time
@@ -17,6 +16,8 @@ from nanodeploy import catalog
 from nanodeploy.errors import ConfigError
 from nanodeploy.models import registry
 from nanodeploy.models.batch import Batch
+from nanodeploy.ops.layouts import KVCache
+from nanodeploy.ops.paged_attention import Rows
 from nanodeploy.ops.registry import OPS
 
 MODEL = "demo:random-qwen3-8b"
@@ -60,16 +61,23 @@ def make_batch(scenario: Scenario, device: torch.device) -> Batch:
     positions = torch.arange(context - 1 if scenario.decode else 0, context, device=device).repeat(num_seqs)
     rows = torch.arange(num_seqs, device=device).repeat_interleave(len(positions) // num_seqs)
     q_len = 0 if scenario.decode else context
-    counts = [num_seqs, 0] if scenario.decode else [0, num_seqs]
+    counts = [num_seqs, 0, 0] if scenario.decode else [0, num_seqs, 0]
+    lens = torch.full((num_seqs,), context, dtype=torch.int32, device=device)
+    table = pages.int()
     last_rows = torch.arange(1, num_seqs + 1, device=device) * (len(positions) // num_seqs) - 1
     return Batch(
         tokens=torch.randint(10000, positions.shape, generator=g, device=device),
         positions=positions,
         slots=pages[rows, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
-        page_table=pages.int(),
-        kv_lens=torch.full((num_seqs,), context, dtype=torch.int32, device=device),
-        cu_q_lens=torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * q_len,
-        counts=torch.tensor(counts, dtype=torch.int32),
+        rows=Rows(
+            decode_table=table,
+            decode_lens=lens,
+            prefixes=torch.zeros((num_seqs, 2), dtype=torch.int32, device=device),
+            chunk_table=table,
+            chunk_lens=lens,
+            cu_q_lens=torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * q_len,
+            counts=torch.tensor(counts, dtype=torch.int32),
+        ),
         logit_rows=last_rows,
     )
 
@@ -89,10 +97,13 @@ class Model:
         if compiled:
             self.model.compile_layers()
 
-    def caches(self, scenario: Scenario) -> list[Tensor]:
+    def caches(self, scenario: Scenario) -> list[KVCache]:
         num_pages = scenario.num_seqs * scenario.context // PAGE_SIZE
         layouts = [need.layout(PAGE_SIZE, DTYPE) for need in self.model.cache_needs()]
-        return [torch.randn(layout.shape(num_pages), device=self.device, dtype=DTYPE) for layout in layouts]
+        caches = [layout.empty(num_pages, self.device) for layout in layouts]
+        for cache in caches:
+            cache.pages.normal_()
+        return caches
 
     @torch.inference_mode()
     def compare(self, op_name: str, kernels: list[str]) -> tuple[list[StepTime], list[str]]:
@@ -128,7 +139,7 @@ class Model:
             times += [own_choice, *here] if here else []
         return times, remarks + [f"{kernel}: no step of {MODEL} here calls it" for kernel in left]
 
-    def _time(self, name: str, scenario: Scenario, batch: Batch, caches: list[Tensor]) -> StepTime:
+    def _time(self, name: str, scenario: Scenario, batch: Batch, caches: list[KVCache]) -> StepTime:
         hidden = self.model.forward(batch, caches)
         timer = graph_time if scenario.decode else stream_time
         slice_us = timer([lambda: self.model.forward(batch, caches)]).us

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from bench.header import ROOT
+from nanodeploy.runtime.saves import stamps
 
 POLL_S = 0.2
 # The room's own files are imported after the line arrives, so what runs is what was saved.
@@ -22,18 +23,6 @@ if sys.stdin.readline():
     sys.argv = ["bench.op", *sys.argv[1:]]
     runpy.run_module("bench.op", run_name="__main__", alter_sys=True)
 """
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells one state of the folder's Python files from another: name -> (mtime in ns, size)."""
-    found = {}
-    for path in folder.glob("*.py"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # an editor is replacing it
-            continue
-        found[path.name] = (stat.st_mtime_ns, stat.st_size)
-    return found
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

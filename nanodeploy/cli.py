@@ -1,6 +1,5 @@
-"""The command line: `nanodeploy serve MODEL`. Heavy imports wait until a command needs them."""
+"""The command line: `nanodeploy serve MODEL`, `nanodeploy tune`. Heavy imports wait until a command needs them."""
 
-import importlib.metadata
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,10 @@ from typing import NoReturn
 from nanodeploy import flags
 from nanodeploy.errors import ConfigError
 
-COMMANDS = {"serve": "serve a model over HTTP, as OpenAI's API does"}
+COMMANDS = {
+    "serve": "serve a model over HTTP, as OpenAI's API does",
+    "tune": "measure the kernels on this GPU, so that the fastest are chosen here",
+}
 ENGINE = "nanodeploy.runtime.engine:Engine"
 
 
@@ -44,6 +46,10 @@ def _run(argv: list[str], engine: str) -> int:
         return 0
     if command == "serve":
         return _serve(argv[1:], engine)
+    if command == "tune":
+        from nanodeploy import tune
+
+        return tune.main(argv[1:])
     raise flags.UsageError(f"{command} is not a command.{flags.suggest(command, COMMANDS)} See nanodeploy --help.")
 
 
@@ -67,6 +73,8 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _version() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("nanodeploy")
     except importlib.metadata.PackageNotFoundError:

@@ -45,11 +45,27 @@ class Config:
         0.9, "share of the GPU's memory this engine may fill, 0 to 1", low=0.01, high=1.0
     )
     kvcache_block_size: int = option(64, "tokens per KV page", choices=(16, 64, 256))
+    kv_cache_dtype: str = option(
+        "auto",
+        "what the KV cache holds; auto takes the compute dtype, fp8 is e4m3 with scales",
+        choices=("auto", "fp8"),
+    )
     num_kvcache_blocks: int | None = option(
         None, "KV pages; default: measured from free memory after a warm-up step", low=1
     )
     enforce_eager: bool = option(False, "no torch.compile and no CUDA graphs")
+    compile: bool = option(
+        False,
+        "torch.compile the layers at start (about 10 s), which shortens the launch of steps that are no CUDA graph",
+    )
+    deterministic: bool = option(
+        False, "the same bits for a request whatever shares its steps, however its prompt is cut, cached or preempted"
+    )
     kernels: str = option("", "fixed kernels: op=kernel,op=kernel")
+    lab: bool = option(
+        False,
+        "for development: gate each kernel file when it is saved under nanodeploy/ops, and switch to it (docs/LAB.md)",
+    )
     # scheduling
     max_num_seqs: int = option(256, "sequences that run at once", low=1)
     max_num_batched_tokens: int = option(8192, "token budget of one step, prefill and decode together", low=1)
@@ -100,3 +116,4 @@ def use_compile_caches() -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there is little to compile: no pool of processes

@@ -6,7 +6,7 @@ import msgspec
 
 from nanodeploy.sampling import SamplingParams
 
-VERSION = 1
+VERSION = 2
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
@@ -100,6 +100,13 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     stats: Stats
 
 
+class LabReport(msgspec.Struct, frozen=True, tag="lab"):
+    """News of the kernel lab (--lab)."""
+
+    lines: list[str]  # for the log
+    state: dict[str, Any]  # the whole state, as /lab shows it
+
+
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     """The engine cannot go on. `kind`: config (the operator's) or internal (ours)."""
 
@@ -107,7 +114,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     message: str
 
 
-FromEngine = Ready | Progress | Events | Heartbeat | Fatal
+FromEngine = Ready | Progress | Events | Heartbeat | LabReport | Fatal
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import header, offline, serve
+from bench import header, offline, serve, startup
 from nanodeploy.config import Config
 
 H200 = types.SimpleNamespace(copy_bytes_per_s=4257e9, bf16_flops_per_s=767e12)
@@ -252,3 +252,21 @@ def test_serve_launches_and_loads_a_server(model_dir):
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may linger, no listener may
         again.bind(("127.0.0.1", port))  # the server is gone
+
+
+# Start-up
+
+
+def test_startup_times_a_server_and_its_sums_are_whole(tmp_path, capsys):
+    own = ["--device", "cpu", "--max_model_len", "64", "--max_num_batched_tokens", "64", "--max_num_seqs", "2"]
+    startup.main(["demo:qwen3", *own, "--warm-runs", "0", "--json", str(tmp_path)])
+    run = json.loads((tmp_path / "startup-qwen3.json").read_text())["runs"]["cold"]
+    assert run["first_token_s"] == pytest.approx(run["ready_s"] + run["first_request_s"])
+    assert 0 < sum(run["phases"].values()) < run["ready_s"] + 0.05
+    assert {"front end: flags, model files, port", "loading the engine's libraries", "loading weights"} < set(
+        run["phases"]
+    )
+    shown = [float(line.split(" s  ")[0]) for line in capsys.readouterr().out.splitlines() if " s  " in line]
+    assert sum(shown[:-1]) == pytest.approx(shown[-1], abs=0.1) and shown[-1] == pytest.approx(
+        run["first_token_s"], abs=0.01
+    )

@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nanodeploy", "router", "bench")
 
 # Part of the tree -> the parts it may import. Longest prefix wins; a part may always import itself.
-GROUND = ("nanodeploy.config", "nanodeploy.errors", "nanodeploy.sampling", "nanodeploy.catalog", "nanodeploy.flags")
+GROUND = (
+    *(
+        "nanodeploy.config",
+        "nanodeploy.errors",
+        "nanodeploy.sampling",
+        "nanodeploy.catalog",
+        "nanodeploy.flags",
+        "nanodeploy.phases",
+    ),
+    "nanodeploy.phases",
+)
 SERVE = (*GROUND, "nanodeploy.wire", "nanodeploy.serve")
 RUNTIME = (*GROUND, "nanodeploy.wire", "nanodeploy.ops", "nanodeploy.models", "nanodeploy.runtime")
 ARROWS: dict[str, tuple[str, ...]] = {
@@ -63,6 +73,7 @@ DYNAMIC_IMPORTS = {
 BROAD_EXCEPT = {
     "nanodeploy/serve/app.py",  # the HTTP edge
     "nanodeploy/runtime/process.py",  # the top of the engine process
+    "nanodeploy/runtime/lab.py",  # a kernel that was saved a moment ago must not end the server
     "bench/gate.py",  # the top of the gate: whatever a kernel does wrong is its verdict
 }
 

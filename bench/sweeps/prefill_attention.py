@@ -13,7 +13,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from bench.sweeps.decode_attention import worst_row
-from bench.sweeps.timing import graph_us
+from bench.timing import graph_us
+from nanodeploy.ops.layouts import KVCache
 from nanodeploy.ops.prefill_attention import cases
 from nanodeploy.ops.prefill_attention.reference import prefill_attention
 from nanodeploy.ops.prefill_attention.tiles import Config, configs, launch
@@ -24,17 +25,20 @@ DEFAULT = [name for name in cases.POINTS if "page" not in name]
 def measure(case: cases.Case) -> list[tuple[float, Config]]:
     """(us, configuration), the fastest first. A wrong result is an error."""
     args = cases.make(case, torch.device("cuda"), 0)
+    q, pages, scales, table, kv_lens, cu_q_lens, sinks, scale, window, _ = args
+    rest = table, kv_lens, cu_q_lens, sinks, scale, window
     wanted = prefill_attention.reference(*args)
     min_calls = 3 if cases.cost(case).flops > 1e11 else 20
     found = []
     for config in configs(case.head_dim):
         try:
-            error = worst_row(launch(*args, config), wanted)
+            error = worst_row(launch(q, KVCache(pages, scales), *rest, config), wanted)
         except OutOfResources as problem:
             print(f"  {config}: {problem}")
             continue
         assert error < 1e-2, f"{config} is wrong: relative error {error}"
-        found.append((graph_us([functools.partial(launch, *args, config)], min_calls), config))
+        call = functools.partial(launch, q, KVCache(pages, scales), *rest, config)
+        found.append((graph_us([call], min_calls), config))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from bench.sweeps.timing import graph_us
+from bench.timing import graph_us
 from nanodeploy.ops import sample
 from nanodeploy.ops.sample import cases
 

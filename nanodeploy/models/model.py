@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from nanodeploy.models.batch import Batch, CacheNeeds
+from nanodeploy.ops.layouts import KVCache
 
 
 class LanguageModel(nn.Module, ABC):
@@ -20,7 +21,7 @@ class LanguageModel(nn.Module, ABC):
         """What each layer keeps."""
 
     @abstractmethod
-    def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         """One step. caches: one per layer, laid out as `cache_needs` says; what the step's tokens leave is written.
 
         Returns the hidden states after the last norm of the rows batch.logit_rows, [N, D].

@@ -6,7 +6,7 @@ I inner width of the MLP, V vocabulary. Attribute names are the checkpoint's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from nanodeploy.models.layers.norm import RMSNorm
 from nanodeploy.models.layers.regional import compile_layers, mark_sizes
 from nanodeploy.models.layers.rope import Rope
 from nanodeploy.models.model import LanguageModel
+from nanodeploy.ops.layouts import KVCache
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(shape.head_dim, shape.eps)
         self.o_proj = Linear(q_size, shape.hidden_size, shard="cols")
 
-    def forward(self, x: Tensor, batch: Batch, cache: Tensor, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, cache: KVCache, cos_sin: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, H + K + K, E]
         q, k, v = heads.split([rows // self.head_dim for rows in self.qkv.parts], dim=1)
-        q, k = ops.rope(q, k, batch.positions, cos_sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, False)
-        ops.store_kv(cache, k, v, batch.slots)
-        mixed = ops.paged_attention(
-            q, cache, batch.page_table, batch.kv_lens, batch.cu_q_lens, batch.counts, self.scale
-        )  # [T, H, E]
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        q = ops.rope_store_kv(q, k, v, *cache, batch.positions, batch.slots, cos_sin, *norms, False)
+        mixed = ops.paged_attention(q, cache, batch.rows, self.scale)  # [T, H, E]
         return self.o_proj(mixed.flatten(1))
 
 
@@ -111,7 +110,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, shard="cols")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up(x)))
+        return self.down_proj(ops.linear_silu_mul(x, self.gate_up.weight))
 
 
 class Layer(nn.Module):
@@ -123,7 +122,7 @@ class Layer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, residual: Tensor, batch: Batch, cache: Tensor, cos_sin: Tensor
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: KVCache, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x [T, D], the last layer's output, is yet to be added to residual [T, D]; so is the x that returns."""
         x, residual = self.input_layernorm(x, residual)
@@ -135,14 +134,16 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
+        self.heads = shape.num_heads, shape.num_kv_heads
         self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size, shard="rows")
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.register_buffer("cos_sin", shape.rope.table(), persistent=False)
         self.compiled = False
 
-    def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         x = self.embed_tokens(batch.tokens)
+        batch = replace(batch, rows=batch.rows.planned(*self.heads))
         residual = torch.zeros_like(x)  # so that the first layer is a layer like the others, and compiles as one
         if self.compiled:
             mark_sizes(batch, x, residual, caches[0])
@@ -166,7 +167,7 @@ class Model(LanguageModel):
     def cache_needs(self) -> list[CacheNeeds]:
         return [KVPages(self.shape.num_kv_heads, self.shape.head_dim)] * self.shape.num_layers
 
-    def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         return self.model(batch, caches)
 
     def logits(self, hidden: Tensor) -> Tensor:

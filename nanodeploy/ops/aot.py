@@ -65,7 +65,8 @@ def compile_sm90(aot: Aot) -> triton.compiler.CompiledKernel:
     attrs = {(aot.fn.arg_names.index(a),): [["tt.divisibility", 16]] for a in aot.divisible}
     source_type = GluonASTSource if isinstance(aot.fn, GluonJITFunction) else ASTSource
     source = source_type(aot.fn, signature, aot.constexprs, attrs)
-    return triton.compile(source, target=TARGET, options={"num_warps": aot.num_warps, "num_stages": aot.num_stages})
+    options = {"num_warps": aot.num_warps, "num_stages": aot.num_stages, "maxnreg": aot.maxnreg}
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:

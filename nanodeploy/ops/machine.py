@@ -37,7 +37,12 @@ def num_sms() -> int:
 
 
 def satisfies(needs: str) -> bool:
-    """Whether this machine meets `needs`: `cpu`, or `smNN` for at least that compute capability."""
+    """Whether this machine meets `needs`: `cpu`, `smNN` for at least that compute capability, `smNNa` for exactly it.
+
+    The latter as in CUDA: instructions of one architecture (wgmma of sm_90a) that later ones do not have.
+    """
     if needs == "cpu":
         return True
+    if needs.endswith("a"):
+        return capability() == int(needs[2:-1])
     return capability() >= int(needs.removeprefix("sm"))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nanodeploy.errors import ConfigError
-from nanodeploy.ops import machine
+from nanodeploy.ops import machine, tuned
 
 LIBRARY = torch.library.Library("nanodeploy", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
@@ -37,6 +37,7 @@ class Aot:
     divisible: tuple[str, ...] = ()  # arguments known to be divisible by 16
     wants: tuple[str, ...] = ()  # what its PTX must contain: "wgmma", "cp.async"
     max_spills: int = 0  # bytes
+    maxnreg: int | None = None  # registers per thread to start with; warp-specialised kernels share them out anew
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Kernel:
 
     name: str
     fn: Callable[..., Any]
-    needs: str  # "cpu", "sm80", "sm90"
+    needs: str  # "cpu", "sm80", "sm90", "sm90a" (see machine.satisfies)
     when: Callable[[Any], bool]
     batch_invariant: bool  # a row's bits do not depend on the other rows
+    order: str | None  # batch_invariant kernels of one order give a row the same bits, whichever of them runs
     requires: str | None  # optional package that must be importable
     interpretable: bool  # Triton's interpreter can run it
     aot: Callable[[], Sequence[Aot]] | None
@@ -81,6 +83,8 @@ class Op:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     cases: Any = None  # the room's cases.py (a CasesModule), once it is loaded
     override: str | None = None  # --kernels name=...
+    deterministic: bool = False  # --deterministic: only kernels of one order
+    favourite: str | None = None  # a kernel that stands above the measured table wherever it fits (the kernel lab's)
     decided: dict[Any, Choice] = field(default_factory=dict)
     torch_op: Any = None
 
@@ -93,25 +97,41 @@ class Op:
         needs: str,
         when: Callable[[Any], bool] = lambda case: True,
         batch_invariant: bool = False,
+        order: str | None = None,
         requires: str | None = None,
         interpretable: bool = True,
         aot: Callable[[], Sequence[Aot]] | None = None,
         capturable: bool = True,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a contender under its function's name. It takes exactly the reference's arguments."""
+        """Register a contender under its function's name. It takes exactly the reference's arguments.
+
+        `order` names the order in which it sums, where that is fixed: kernels of the op (and of another op that says
+        so) with the same order agree to the bit. By default a batch-invariant kernel has an order of its own.
+        """
 
         def register(fn: Callable[..., Any]) -> Callable[..., Any]:
             wanted, got = list(inspect.signature(self.reference).parameters), list(inspect.signature(fn).parameters)
             if wanted != got:
                 raise TypeError(f"kernel {fn.__name__} of {self.name} takes {got}; the op's arguments are {wanted}")
             path = inspect.getsourcefile(fn) or ""
+            if order and not batch_invariant:
+                raise TypeError(f"kernel {fn.__name__} of {self.name} has an order, so it must be batch_invariant")
+            summed = (order or fn.__name__) if batch_invariant else None
             self.kernels[fn.__name__] = Kernel(
-                fn.__name__, fn, needs, when, batch_invariant, requires, interpretable, aot, path, capturable
+                fn.__name__, fn, needs, when, batch_invariant, summed, requires, interpretable, aot, path, capturable
             )
             self.decided.clear()
             return fn
 
         return register
+
+    def put(self, name: str, kernel: Kernel | None) -> None:
+        """Replace a contender in its place among the others, add it as the last one, or (None) take it away."""
+        if kernel is None:
+            self.kernels.pop(name, None)
+        else:
+            self.kernels[name] = kernel
+        self.decided.clear()
 
     def run(self, *args: Any) -> Any:
         """What torch calls. The device of the first tensor decides whether kernels are in play."""
@@ -124,9 +144,19 @@ class Op:
             if len(self.decided) > 4096:  # prefill sizes are many; deciding again is cheap
                 self.decided.clear()
             choice = self.decided[key] = self.choose(case, on_gpu=tensor.is_cuda)
-        if choice.kernel and not choice.kernel.capturable and torch.cuda.is_current_stream_capturing():
+        if (
+            choice.kernel
+            and not choice.kernel.capturable
+            and tensor.is_cuda
+            and torch.cuda.is_current_stream_capturing()
+        ):
             choice = self.choose(case, on_gpu=True, capturing=True)
         return choice.kernel.fn(*args) if choice.kernel else self.reference(*args)
+
+    def one_order(self, on_gpu: bool) -> str | None:
+        """The order of --deterministic: the one with most kernels here, of equals the first. None: there is none."""
+        orders = [k.order for k in self.kernels.values() if k.order and k.available() and (k.needs == "cpu") != on_gpu]
+        return max(orders, key=orders.count) if orders else None
 
     def choose(self, case: Any, *, on_gpu: bool, capturing: bool = False) -> Choice:
         """Explicit flag, then the measured table of this device, then the first that fits; the reference on a CPU.
@@ -135,13 +165,23 @@ class Op:
         GPU where nothing fits: a reference there would be a quiet slow path.
         """
 
+        one_order = self.one_order(on_gpu) if self.deterministic else None
+
         def fits(kernel: Kernel) -> bool:
-            return kernel.available() and kernel.when(case) and (kernel.capturable or not capturing)
+            in_order = not self.deterministic or kernel.order == one_order
+            if on_gpu and kernel.needs == "cpu" and machine.capability():
+                return False  # made for the CPU, slow on a GPU
+            return in_order and kernel.available() and kernel.when(case) and (kernel.capturable or not capturing)
 
         if self.override == "reference":
             return Choice(None, "flag")
         if self.override:
             kernel = self.kernels[self.override]
+            if self.deterministic and kernel.order != one_order:
+                raise ConfigError(
+                    f"--kernels {self.name}={self.override}: --deterministic wants kernels that sum in the order "
+                    f"{one_order}; this one does not."
+                )
             if not kernel.when(case):
                 raise ConfigError(f"--kernels {self.name}={self.override}: that kernel does not take {case}.")
             if capturing and not kernel.capturable:
@@ -149,14 +189,18 @@ class Op:
                     f"--kernels {self.name}={self.override}: no CUDA graph can hold that kernel; add --enforce_eager."
                 )
             return Choice(kernel, "flag")
-        if not on_gpu:
-            fitting = [k for k in self.kernels.values() if k.needs == "cpu" and k.available() and k.when(case)]
-            return Choice(fitting[0], "first that fits") if fitting else Choice(None, "cpu")
+        favourite = self.kernels.get(self.favourite) if self.favourite else None
+        if favourite and (on_gpu or favourite.needs == "cpu") and fits(favourite):
+            return Choice(favourite, "saved in the lab")
+        if not on_gpu:  # the reference; where that is not batch-invariant, there is a kernel for --deterministic
+            fitting = [k for k in self.kernels.values() if self.deterministic and k.needs == "cpu" and fits(k)]
+            return Choice(fitting[0], "deterministic") if fitting else Choice(None, "cpu")
         for row in measured(machine.key()).get(self.name, ()):
             best = self.kernels.get(row["kernel"])
             if best and matches(row.get("where", {}), case) and fits(best):
                 return Choice(best, f"measured, {machine.key()}")
-        for kernel in self.kernels.values():
+        # Those that keep to an order which others share pay for it; they are last.
+        for kernel in sorted(self.kernels.values(), key=lambda k: k.order not in (None, k.name)):
             if kernel.requires is None and fits(kernel):
                 return Choice(kernel, "first that fits")
         raise ConfigError(
@@ -217,15 +261,22 @@ _measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
 
 def measured(device_key: str) -> dict[str, list[dict[str, Any]]]:
-    """The measured table of a device: op -> rows {"where": region, "kernel": name}, first match wins."""
+    """The measured table of a device: op -> rows {"where": region, "kernel": name}, first match wins.
+
+    What `nanodeploy tune` measured on this machine stands above what is shipped, op by op.
+    """
     if device_key not in _measured:
         path = CHOICES / f"{device_key}.json"
-        _measured[device_key] = json.loads(path.read_text()) if path.exists() else {}
+        shipped = json.loads(path.read_text()) if path.exists() else {}
+        _measured[device_key] = shipped | tuned.read(device_key)
     return _measured[device_key]
 
 
-def use(overrides: dict[str, str]) -> None:
-    """Fix kernels by name (`--kernels op=kernel,...`). Raises ConfigError on an unknown op or kernel."""
+def use(overrides: dict[str, str], deterministic: bool = False) -> None:
+    """Fix kernels by name (`--kernels op=kernel,...`), and whether all of an op's must sum in one order.
+
+    Raises ConfigError on an unknown op or kernel.
+    """
     for op_name, kernel_name in overrides.items():
         if op_name not in OPS:
             raise ConfigError(f"--kernels {op_name}={kernel_name}: no such op; there are {', '.join(sorted(OPS))}.")
@@ -240,6 +291,8 @@ def use(overrides: dict[str, str]) -> None:
                 raise ConfigError(f"--kernels {op_name}={kernel_name}: needs {wanted}, which is not here.")
     for op_name, made in OPS.items():
         made.override = overrides.get(op_name)
+        made.deterministic = deterministic
+        made.favourite = None
         made.decided.clear()
 
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError
 from nanodeploy.models.batch import CacheNeeds
-from nanodeploy.ops.layouts import num_pages_for
+from nanodeploy.ops.layouts import KVCache, num_pages_for
 
 GIB = 2**30
 CPU_BYTES = GIB
@@ -22,6 +21,15 @@ class Room:
     reason: str
 
 
+KV_DTYPES = {"fp8": torch.float8_e4m3fn}
+
+
+def kv_dtype(config: Config) -> torch.dtype:
+    """What the cache's pages hold: --kv_cache_dtype, by default the model's dtype (which is resolved already)."""
+    kv_dtype: torch.dtype = KV_DTYPES.get(config.kv_cache_dtype) or getattr(torch, config.dtype)
+    return kv_dtype
+
+
 def page_bytes(needs: list[CacheNeeds], page_size: int, dtype: torch.dtype) -> int:
     """One page, in all layers."""
     return sum(need.layout(page_size, dtype).page_bytes for need in needs)
@@ -29,12 +37,11 @@ def page_bytes(needs: list[CacheNeeds], page_size: int, dtype: torch.dtype) -> i
 
 def allocate(
     needs: list[CacheNeeds], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """One tensor per layer, in the layer's own layout. Not cleared: nothing is read before it was written, and on a CPU
-    memory costs nothing until it is touched.
+) -> list[KVCache]:
+    """One per layer, in the layer's own layout. Not cleared: nothing is read before it was written, and on a CPU memory
+    costs nothing until it is touched.
     """
-    shapes = [need.layout(page_size, dtype).shape(num_pages) for need in needs]
-    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return [need.layout(page_size, dtype).empty(num_pages, device) for need in needs]
 
 
 def room_on_gpu(device: torch.device, utilization: float, weights_bytes: int, step_bytes: int) -> Room:

@@ -69,6 +69,10 @@ class Engine:
         self.in_flight = launched
         return events
 
+    def idle(self) -> bool:
+        """There is nothing to do: prepare for what may come, some milliseconds' worth. False: all is prepared."""
+        return self.runner.prepare()
+
     def settle(self, in_flight: InFlight | None) -> list[TokenEvent]:
         result = self.runner.wait(in_flight)
         events = self.scheduler.settle(in_flight.plan if in_flight else None, result)

@@ -1,6 +1,7 @@
 """The engine process: one Engine, one socket, one loop. Knows no HTTP and no text.
 
-Started as `python -m nanodeploy.runtime.process ENDPOINT PARENT_PID MODULE:CLASS` with the Config as JSON on stdin.
+Started as `python -m nanodeploy.runtime.process ENDPOINT PARENT_PID MODULE:CLASS BEGAN` with the Config as JSON on
+stdin; BEGAN is when the start as a whole began, by time.monotonic().
 It ignores Ctrl-C, as the parent decides when to stop, and it dies with the parent.
 """
 
@@ -22,11 +23,14 @@ import zmq
 from nanodeploy import wire
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError, NanoDeployError, QueueFullError, RequestError
+from nanodeploy.phases import Phases, process_began
 from nanodeploy.wire import Abort, Events, Fatal, GenerateRequest, Heartbeat, Progress, Ready, Shutdown, TokenEvent
 
 HEARTBEAT_S = 0.5
 LINGER_MS = 1000  # how long the last message may take to leave
 PR_SET_PDEATHSIG = 1
+LIBRARIES = "loading the engine's libraries"
+LAB = "nanodeploy.runtime.lab:Lab"  # loaded with --lab only
 
 
 class EngineLike(Protocol):
@@ -42,17 +46,28 @@ class EngineLike(Protocol):
     def abort(self, id: str) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def busy(self) -> bool: ...
+    def idle(self) -> bool: ...
     def stats(self) -> wire.Stats: ...
     def close(self) -> None: ...
 
 
-def main(config_json: str, endpoint: str, engine: str) -> int:
-    """Build the engine, serve the socket until told to stop, and return an exit code.
+class LabLike(Protocol):
+    """What the loop needs of runtime.lab.Lab."""
+
+    def open(self, engine: Any) -> None: ...
+    def turn(self) -> wire.LabReport | None: ...
+    def step(self) -> list[TokenEvent]: ...
+    def close(self) -> None: ...
+
+
+def main(config_json: str, endpoint: str, engine: str, began: float) -> int:
+    """Build the engine, serve the socket until told to stop, and return an exit code. `began`: see above.
 
     The operator's mistakes leave as Fatal("config") without a word on stderr, ours as Fatal("internal") with a
     traceback there.
     """
-    began = time.monotonic()
+    own = process_began()
+    phases = Phases("engine process: Python", own)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.linger = LINGER_MS
@@ -64,12 +79,16 @@ def main(config_json: str, endpoint: str, engine: str) -> int:
     def progress(phase: str) -> None:
         send(Progress(phase, time.monotonic() - began))
 
+    lab: LabLike | None = None
     try:
         config = Config(**json.loads(config_json))
-        progress("loading the engine's libraries")
-        module, _, name = engine.partition(":")
-        build: Callable[..., EngineLike] = getattr(importlib.import_module(module), name)
+        phases.begin(LIBRARIES)
+        progress(LIBRARIES)
+        build: Callable[..., EngineLike] = _named(engine)
+        lab = _named(LAB)() if config.lab else None
+        phases.begin("engine")
         built = build(config, progress=progress)
+        phases.begin("collecting garbage")
         gc.collect()
         gc.freeze()  # what start-up made stays; collections during serving need not walk it
         send(
@@ -79,10 +98,12 @@ def main(config_json: str, endpoint: str, engine: str) -> int:
                 max_model_len=built.max_model_len,
                 num_pages=built.num_pages,
                 page_size=built.page_size,
-                info=built.info,
+                info={**built.info, "phases": whole_start(own - began, phases.end(), built.info.get("phases", {}))},
             )
         )
-        _Loop(built, socket, send).run()
+        if lab is not None:
+            lab.open(built)
+        _Loop(built, socket, send, lab).run()
         built.close()
         return 0
     except ConfigError as error:
@@ -93,14 +114,40 @@ def main(config_json: str, endpoint: str, engine: str) -> int:
         send(Fatal("internal", f"{type(error).__name__}: {error}"))
         return 1
     finally:
+        if lab is not None:
+            lab.close()
         context.destroy(linger=LINGER_MS)
+
+
+def _named(what: str) -> Any:
+    """What MODULE:NAME stands for."""
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def whole_start(front_end_s: float, process: dict[str, float], engine: dict[str, float]) -> dict[str, float]:
+    """The phases from the first process on, with seconds: the engine's own stand where the process just had it built.
+
+    `process` has a phase "engine", of which `engine` may leave a part untold; that is named too.
+    """
+    parts: dict[str, float] = {"front end: flags, model files, port": max(0.0, front_end_s)}
+    for name, seconds in process.items():
+        if name == "engine":
+            parts |= engine
+            parts["engine: all else"] = max(0.0, seconds - sum(engine.values()))
+        else:
+            parts[name] = seconds
+    return parts
 
 
 class _Loop:
     """Messages in, one step, messages out. One message carries all events of a step."""
 
-    def __init__(self, engine: EngineLike, socket: zmq.Socket, send: Callable[[wire.FromEngine], None]):
+    def __init__(
+        self, engine: EngineLike, socket: zmq.Socket, send: Callable[[wire.FromEngine], None], lab: LabLike | None
+    ):
         self.engine = engine
+        self.lab = lab
         self.socket = socket
         self.send = send
         self.open: set[str] = set()  # submitted, no finish_reason yet
@@ -110,14 +157,17 @@ class _Loop:
 
     def run(self) -> None:
         """Serve until a Shutdown was carried out."""
-        engine, last_sent = self.engine, 0.0
+        engine, lab, last_sent = self.engine, self.lab, 0.0
+        step = engine.step if lab is None else lab.step
         while True:
-            busy = engine.busy()
-            wait_s = 0.0 if busy else max(0.0, last_sent + HEARTBEAT_S - time.monotonic())
-            if self.socket.poll(0 if busy else int(wait_s * 1000) + 1):
+            if lab is not None and (news := lab.turn()):
+                self.send(news)
+            at_once = engine.busy() or engine.idle()
+            wait_s = 0.0 if at_once else max(0.0, last_sent + HEARTBEAT_S - time.monotonic())
+            if self.socket.poll(0 if at_once else int(wait_s * 1000) + 1):
                 self.receive()
             if engine.busy():
-                self.events += engine.step()
+                self.events += step()
             if self.events:
                 self.open.difference_update(e.id for e in self.events if e.finish_reason is not None)
                 self.send(Events(self.events, engine.stats()))
@@ -191,6 +241,6 @@ def die_with(parent: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, endpoint_, parent_, engine_ = sys.argv
+    _, endpoint_, parent_, engine_, began_ = sys.argv
     die_with(int(parent_))
-    sys.exit(main(sys.stdin.read(), endpoint_, engine_))
+    sys.exit(main(sys.stdin.read(), endpoint_, engine_, float(began_)))

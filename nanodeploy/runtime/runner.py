@@ -1,21 +1,25 @@
 """The runner: the only one that touches the device. It launches a planned step and, later, waits for it."""
 
+import time
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanodeploy.models.batch import Batch
 from nanodeploy.models.model import LanguageModel
-from nanodeploy.runtime.graphs import DecodeGraphs
+from nanodeploy.ops.layouts import KVCache
+from nanodeploy.runtime.graphs import Graphs
 from nanodeploy.runtime.request import Request
 from nanodeploy.runtime.sampler import Sampler, Scores, download, score, upload
 from nanodeploy.runtime.scheduler import Chunk, StepPlan, StepResult
-from nanodeploy.runtime.step import StepInputs
+from nanodeploy.runtime.step import Form, StepInputs
 from nanodeploy.sampling import SamplingParams
 from nanodeploy.wire import GenerateRequest
+
+MARGIN = 1.2  # the host has more to do in a step than to launch it
 
 
 @dataclass
@@ -39,32 +43,32 @@ class Runner:
         max_pages: int,
         page_size: int,
         device: torch.device,
+        split_tokens: int = 0,
     ):
-        """`caches` are to be set before the first step."""
+        """`caches` are to be set before the first step. `split_tokens` as in StepInputs."""
         self.model = model
         self.device = device
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.caches: list[Tensor] = []
-        self.graphs: DecodeGraphs | None = None
-        self.inputs = StepInputs(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_pages=max_pages,
-            page_size=page_size,
-            device=device,
-        )
+        self.caches: list[KVCache] = []
+        self.graphs: Graphs | None = None
+        self.sizes: dict[str, Any] = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_pages": max_pages,
+            "page_size": page_size,
+            "device": device,
+            "split_tokens": split_tokens,
+        }
+        self.inputs = StepInputs(**self.sizes)
         self.sampler = Sampler(max_num_seqs, model.vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
         """Start a step. Returns as soon as its work is queued; the tokens it needs from earlier steps may be unborn."""
         self.sampler.place(plan.placed)
-        size = self.graphs.size_for(len(plan.decodes)) if self.graphs and not plan.chunks else 0
-        batch, fields = self.inputs.load(plan, size)
-        if self.graphs and size:
-            hidden = self.graphs.replay(size)
-        else:
-            hidden = self.forward(batch, fields.rows, len(plan.decodes))
+        graphs = self.graphs
+        form, fields = self.inputs.load(plan, graphs.padded) if graphs else self.inputs.load(plan)
+        hidden = graphs.run(form) if graphs and graphs.covers(form) else self.forward(form)
         num_sampled = len(plan.sampled)
         tokens, scores = None, None
         if num_sampled:
@@ -117,7 +121,10 @@ class Runner:
         return torch.cuda.max_memory_reserved() + self.sampler.penalty_state_bytes
 
     def warm_up_step(self, num_decodes: int, chunk_lens: list[int]) -> None:
-        """A step of made-up sequences, all in page 0."""
+        self.wait(self.launch(self.made_up(num_decodes, chunk_lens)))
+
+    def made_up(self, num_decodes: int, chunk_lens: list[int]) -> StepPlan:
+        """A step of sequences of nobody, all in page 0."""
         requests = []
         for row in range(num_decodes + len(chunk_lens)):
             message = GenerateRequest("", [0], SamplingParams())
@@ -127,24 +134,73 @@ class Runner:
         for request, num_tokens in zip(requests[num_decodes:], chunk_lens, strict=True):
             request.tokens = array("q", bytes(8 * num_tokens))
             plan.chunks.append(Chunk(request, 0, num_tokens, True, range(0)))
-        self.wait(self.launch(plan))
+        return plan
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """From here on, steps of decodes alone are replayed."""
-        buffers = self.inputs.decode
+    def use_graphs(self) -> None:
+        """From here on, steps whose launches cost are captured on their first run and replayed after.
 
-        def decode(size: int) -> Tensor:
-            return self.forward(buffers.batch(size, size, size, 0), buffers.device.rows, size)
-
-        self.graphs = DecodeGraphs(decode, self.max_num_seqs)
-
-    def forward(self, batch: Batch, rows: Tensor, num_decodes: int) -> Tensor:
-        """The model on what lies in the buffers, after the decodes' tokens were fetched from where the last step left
-        them. Returns hidden states [N, D]. This is what a decode graph holds.
+        The largest graph is captured at once, so that later ones find their memory in its pool.
         """
+        self.graphs = Graphs(self.forward, self.max_num_seqs, self.launch_bound_tokens())
+        self.prepare()
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture one more graph ahead of its use. False: all of the decodes' are there."""
+        form = self.graphs.missing() if self.graphs else None
+        if self.graphs is None or form is None:
+            return False
+        self.inputs.load_nothing(form)
+        self.graphs.run(form)
+        return True
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Have the layers compiled, for one token and for any number of them.
+
+        Compiled and not, the layers launch the same kernels. What is saved is some of the launches' time, in steps that
+        are no CUDA graph.
+        """
+        self.model.compile_layers()
+        for form in (Form(64, 8, 2, 4), Form(1, 1, 0, 1)):
+            if form.num_tokens <= self.max_num_batched_tokens and form.num_decodes <= self.max_num_seqs:
+                self.inputs.load_nothing(form)
+                self.model(self.inputs.batch(form), self.caches)
+
+    def recapture(self) -> None:
+        """Forget the graphs: the kernels in them have changed."""
+        if self.graphs:
+            torch.cuda.synchronize()
+            self.graphs.forget()
+
+    def launch_bound_tokens(self) -> int:
+        """Up to how many tokens a mixed step takes the host about as long to launch as the device to run: measured."""
+        num_tokens = self.max_num_batched_tokens  # many, or launching is all that the device's time would show
+        form, _ = self.inputs.load(self.made_up(0, [num_tokens]))
+        times = [0.0, 1.0]
+        for _ in range(2):  # the first may compile
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            self.forward(form)
+            launched = time.perf_counter()
+            torch.cuda.synchronize()
+            times = [launched - began, time.perf_counter() - began]
+        return min(self.max_num_batched_tokens, int(MARGIN * times[0] / times[1] * num_tokens))
+
+    def forward(self, form: Form) -> Tensor:
+        """The model on what lies in the buffers, after the decodes' tokens were fetched from where the last step left
+        them. Returns hidden states [N, D]. This is what a graph holds.
+        """
+        batch, num_decodes = self.inputs.batch(form), form.num_decodes
         if num_decodes:
-            torch.index_select(self.sampler.last_tokens, 0, rows[:num_decodes], out=batch.tokens[:num_decodes])
+            rows = self.inputs.buffers(form).device.decode_rows[:num_decodes]
+            tokens = batch.tokens[:num_decodes]
+            if form.num_chunks:  # padding decodes may stand where chunks' tokens lie
+                newest = self.sampler.last_tokens[rows]
+                tokens.copy_(torch.where(rows < self.inputs.nobody, newest, tokens))
+            else:
+                torch.index_select(self.sampler.last_tokens, 0, rows, out=tokens)
         return self.model(batch, self.caches)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[tuple[Chunk, Scores]]:

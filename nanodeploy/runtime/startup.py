@@ -19,7 +19,7 @@ from nanodeploy.errors import ConfigError
 from nanodeploy.models import registry as models
 from nanodeploy.ops import machine
 from nanodeploy.ops import registry as ops
-from nanodeploy.ops.layouts import num_pages_for
+from nanodeploy.ops.layouts import SPLIT_TOKENS, num_pages_for
 from nanodeploy.runtime import cache
 from nanodeploy.runtime.runner import Runner
 
@@ -56,13 +56,14 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     skeleton = models.skeleton(files)
     model_len, vocab_size, needs = skeleton.max_model_len, skeleton.vocab_size, skeleton.cache_needs()
     config, reasons = resolve(config, files, model_len)
-    ops.use(config.kernel_overrides())
+    ops.use(config.kernel_overrides(), config.deterministic)
     device, dtype, page_size = torch.device(config.device), getattr(torch, config.dtype), config.kvcache_block_size
     device_key = machine.key() if device.type == "cuda" else "cpu"
-    compiled = device.type == "cuda" and not config.enforce_eager
+    fast = device.type == "cuda" and not config.enforce_eager
     say(f"{files.name}: {config.dtype} on {device_key}")
 
-    bytes_per_page = cache.page_bytes(needs, page_size, dtype)
+    kv_dtype = cache.kv_dtype(config)
+    bytes_per_page = cache.page_bytes(needs, page_size, kv_dtype)
     weights_bytes = sum(parameter.numel() * dtype.itemsize for parameter in skeleton.parameters())
 
     def room(step_bytes: int) -> cache.Room:
@@ -75,8 +76,6 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     try:
         with phase("loading weights"):
             model = models.build(files, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed)
-        if compiled:
-            model.compile_layers()
         runner = Runner(
             model,
             max_num_seqs=config.max_num_seqs,
@@ -84,18 +83,22 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
             max_pages=num_pages_for(config.max_model_len or model_len, page_size),
             page_size=page_size,
             device=device,
+            split_tokens=SPLIT_TOKENS if config.deterministic else 0,
         )
-        with phase("compiling and warming up" if compiled else "warming up"):
-            runner.caches = cache.allocate(needs, 2, page_size, dtype, device)
+        with phase("warming up"):
+            runner.caches = cache.allocate(needs, 2, page_size, kv_dtype, device)
             step_bytes = runner.warm_up(config.max_model_len or model_len) - weights_bytes
             runner.caches = []
         with phase("allocating the KV cache"):
             have = room(step_bytes)
             num_pages, max_model_len = cache.choose_sizes(config, have, bytes_per_page, model_len)
-            runner.caches = cache.allocate(needs, num_pages, page_size, dtype, device)
-        if compiled:
-            with phase("capturing CUDA graphs"):
-                runner.capture_graphs()
+            runner.caches = cache.allocate(needs, num_pages, page_size, kv_dtype, device)
+        if fast and config.compile:
+            with phase("compiling"):
+                runner.compile()
+        if fast:
+            with phase("capturing a CUDA graph"):  # the others follow at their first use, or in idle moments
+                runner.use_graphs()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"The GPU's memory ran out: {str(error).partition('. ')[0]}. "

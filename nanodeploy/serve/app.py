@@ -95,6 +95,7 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/server_info", self.server_info),
+            Route("/lab", self.lab),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -139,6 +140,12 @@ class Server:
             "engine": None if ready is None else ready.info,
         }
         return _json(body)
+
+    async def lab(self, request: Request) -> Response:
+        """What became of kernel files that were saved while the server runs. Read-only."""
+        if not self.config.lab:
+            raise ApiError(404, "The kernel lab is not open; start the server with --lab.")
+        return _json(self.client.lab or {})
 
     async def models(self, request: Request) -> Response:
         return _json(openai.ModelList([self._card()]))

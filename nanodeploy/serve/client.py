@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import zmq
@@ -135,6 +136,7 @@ class EngineClient:
         self.info: wire.Ready | None = None
         self.fatal: wire.Fatal | None = None
         self.stats = Stats()
+        self.lab: dict[str, Any] | None = None  # what the kernel lab last said of itself
         self.phase = "starting the engine process"
         self.draining = False
         self.num_bad_frames = 0
@@ -249,6 +251,10 @@ class EngineClient:
                     self._dispatch(event)
             elif isinstance(message, wire.Heartbeat):
                 self.stats = message.stats
+            elif isinstance(message, wire.LabReport):
+                self.lab = message.state
+                for line in message.lines:
+                    log.info("%s", line)
             else:
                 self._start_up(message)
 

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from types import TracebackType
 from typing import Self
 
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError
+from nanodeploy.phases import process_began
 
 MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
@@ -55,8 +55,9 @@ class EngineProcess:
         if len(self.endpoint) > MAX_SOCKET_PATH:
             shutil.rmtree(self.directory, ignore_errors=True)
             raise ConfigError(f"the temporary directory {tempfile.gettempdir()} has too long a name for a socket.")
-        self.began = time.monotonic()
-        command = [sys.executable, "-m", "nanodeploy.runtime.process", self.endpoint, str(os.getpid()), engine]
+        self.began = process_began()  # of the whole start, by time.monotonic()
+        own = [self.endpoint, str(os.getpid()), engine, str(self.began)]
+        command = [sys.executable, "-m", "nanodeploy.runtime.process", *own]
         try:
             self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
         except OSError as error:

@@ -17,6 +17,7 @@ import uvicorn
 from nanodeploy.catalog import ModelFiles
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError
+from nanodeploy.phases import table
 from nanodeploy.serve.app import Server
 from nanodeploy.serve.client import EngineClient
 from nanodeploy.serve.http import HttpProtocol
@@ -176,7 +177,8 @@ class _Life:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         name = self.config.public_name
-        self.say_phase("ready")
+        for line in table(ready.info["phases"], time.monotonic() - self.process.began, "from process start to ready"):
+            self.say(line)
         self.say(
             f"{name} at {url}: {ready.num_pages * ready.page_size:,} tokens of KV cache "
             f"({ready.num_pages:,} pages of {ready.page_size}), longest request {ready.max_model_len:,} tokens\n"

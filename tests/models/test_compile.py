@@ -62,16 +62,16 @@ def test_inductor_equals_eager_and_writes_the_cache_in_place(saved):
     eager, compiled = build(saved), build(saved)
     compiled.compile_layers()
     runner = PagedRunner(compiled, page_size=16, num_pages=500)
-    addresses = [cache.data_ptr() for cache in runner.caches]
+    addresses = [cache.pages.data_ptr() for cache in runner.caches]
     other = PagedRunner(eager, page_size=16, num_pages=500)
     for size in (5, 1, 30):
         torch.testing.assert_close(
             runner.step(chunks={"a": prompt(size)})["a"], other.step(chunks={"a": prompt(size)})["a"]
         )
     for cache, wanted in zip(runner.caches, other.caches, strict=True):
-        torch.testing.assert_close(cache, wanted, equal_nan=True)
-    assert addresses == [cache.data_ptr() for cache in runner.caches]
-    assert largest_allocation(compiled, runner) < runner.caches[0].nbytes / 50
+        torch.testing.assert_close(cache.pages, wanted.pages, equal_nan=True)
+    assert addresses == [cache.pages.data_ptr() for cache in runner.caches]
+    assert largest_allocation(compiled, runner) < runner.caches[0].pages.nbytes / 50
 
 
 def test_the_measure_of_allocations_sees_a_copied_cache(saved):
@@ -80,4 +80,4 @@ def test_the_measure_of_allocations_sees_a_copied_cache(saved):
     model.compile_layers(backend="aot_eager")
     runner = PagedRunner(model, page_size=16, num_pages=500)
     runner.step(chunks={"a": prompt(5)})
-    assert largest_allocation(model, runner) >= runner.caches[0].nbytes
+    assert largest_allocation(model, runner) >= runner.caches[0].pages.nbytes

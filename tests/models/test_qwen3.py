@@ -170,7 +170,7 @@ def test_a_cache_holds_what_the_layer_says_it_needs(plain):
     runner.step(chunks={"a": prompt(6)}, padding=2)
     first, second = runner.pages["a"]
     for cache in runner.caches:
-        written = ~cache.isnan().any(-1).any(-1)  # [P, 2, page_size]
+        written = ~cache.pages.isnan().any(-1).any(-1)  # [P, 2, page_size]
         wanted = torch.zeros_like(written)
         wanted[first, :, :] = wanted[second, :, :2] = True
         assert torch.equal(written, wanted)

@@ -11,6 +11,7 @@ from nanodeploy import catalog
 from nanodeploy.models import registry
 from nanodeploy.models.batch import Batch
 from nanodeploy.ops.layouts import num_pages_for
+from nanodeploy.ops.paged_attention import Rows
 
 VOCAB = 300
 
@@ -58,7 +59,17 @@ def build(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cp
 class PagedRunner:
     """Runs a model step by step as the engine would: shuffled pages, NaN where nobody wrote, buffers too long."""
 
-    def __init__(self, model, *, page_size: int, num_pages: int = 80, max_seqs: int = 5, max_len: int = 256, seed=0):
+    def __init__(
+        self,
+        model,
+        *,
+        page_size: int,
+        num_pages: int = 80,
+        max_seqs: int = 5,
+        max_len: int = 256,
+        seed: int = 0,
+        kv_dtype=None,
+    ):
         weight = next(model.parameters())
         self.model, self.page_size, self.device = model, page_size, weight.device
         self.generator = torch.Generator().manual_seed(seed)
@@ -66,18 +77,19 @@ class PagedRunner:
         self.pages: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
         self.max_seqs, self.max_pages = max_seqs, num_pages_for(max_len, page_size)
-        self.caches = [
-            torch.full(need.layout(page_size, weight.dtype).shape(num_pages), float("nan"), dtype=weight.dtype)
-            for need in model.cache_needs()
-        ]
-        self.caches = [cache.to(self.device) for cache in self.caches]
+        layouts = [need.layout(page_size, kv_dtype or weight.dtype) for need in model.cache_needs()]
+        self.caches = [layout.empty(num_pages, self.device) for layout in layouts]
+        for cache in self.caches:
+            cache.pages.copy_(torch.full(cache.pages.shape, float("nan")))
+            if cache.scales is not None:
+                cache.scales.fill_(255)
 
     def batch(self, decodes: dict[str, int], chunks: dict[str, list[int]], padding: int = 0) -> Batch:
         """The Batch of one step, in which every token's logits are wanted; takes pages as they are needed."""
         work = {**{name: [token] for name, token in decodes.items()}, **chunks}
         table = torch.randint(0, 10**6, (self.max_seqs, self.max_pages), generator=self.generator, dtype=torch.int32)
         kv_lens = torch.zeros(self.max_seqs, dtype=torch.int32)
-        cu_q_lens = torch.zeros(self.max_seqs + 1, dtype=torch.int32)
+        cu_q_lens = torch.full((self.max_seqs + 1,), len(decodes), dtype=torch.int32)
         tokens, positions, slots = [], [], []
         for row, (name, new) in enumerate(work.items()):
             begin = self.lengths.get(name, 0)
@@ -97,10 +109,15 @@ class PagedRunner:
             tokens=torch.tensor(tokens + [0] * padding, **long),
             positions=torch.tensor(positions + [0] * padding, **long),
             slots=torch.tensor(slots + [-1] * padding, **long),
-            page_table=table.to(self.device),
-            kv_lens=kv_lens.to(self.device),
-            cu_q_lens=cu_q_lens.to(self.device),
-            counts=torch.tensor([len(decodes), len(chunks)], dtype=torch.int32),
+            rows=Rows(
+                decode_table=table.to(self.device),
+                decode_lens=kv_lens.to(self.device),
+                prefixes=torch.zeros((self.max_seqs, 2), dtype=torch.int32, device=self.device),
+                chunk_table=table[len(decodes) :].contiguous().to(self.device),
+                chunk_lens=kv_lens[len(decodes) :].contiguous().to(self.device),
+                cu_q_lens=cu_q_lens.to(self.device),
+                counts=torch.tensor([len(decodes), len(chunks), 0], dtype=torch.int32),
+            ),
             logit_rows=torch.arange(len(tokens), **long),
         )
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import gate
+from nanodeploy.ops import agreement
 from nanodeploy.ops.registry import OPS, Kernel
 
 CPU = torch.device("cpu")
@@ -102,24 +103,24 @@ def test_a_small_bias_everywhere_is_red_though_each_element_passes():
     truth = torch.randn(64, 256, generator=g, dtype=torch.float64)
     ref = truth.half()
     biased = (truth * (1 + 0.7 * torch.finfo(torch.float16).eps)).half()
-    assert gate.disagreement("out", ref, ref, truth) is None
-    assert "||error||" in gate.disagreement("out", biased, ref, truth)
+    assert agreement.disagreement("out", ref, ref, truth) is None
+    assert "||error||" in agreement.disagreement("out", biased, ref, truth)
 
 
 def test_the_worst_element_is_named():
     truth = torch.ones(3, 4, 5, dtype=torch.float64)
     got = truth.float()
     got[1, 2, 3], got[0, 0, 0] = 2, 1.5
-    assert "at [1, 2, 3]: got 2" in gate.disagreement("out", got, truth.float(), truth)
+    assert "at [1, 2, 3]: got 2" in agreement.disagreement("out", got, truth.float(), truth)
 
 
 def test_chunks_are_compared_as_the_whole_is(monkeypatch):
-    monkeypatch.setattr(gate, "CHUNK", 8)
+    monkeypatch.setattr(agreement, "CHUNK", 8)
     truth = torch.ones(6, 4, dtype=torch.float64)
     got = truth.float()
     got[5, 1] = 3
-    assert "at [5, 1]: got 3" in gate.disagreement("out", got, truth.float(), truth)
-    assert "NaN in one" in gate.disagreement("out", got.fill_(torch.nan), truth.float(), truth)
+    assert "at [5, 1]: got 3" in agreement.disagreement("out", got, truth.float(), truth)
+    assert "NaN in one" in agreement.disagreement("out", got.fill_(torch.nan), truth.float(), truth)
 
 
 def batch_mean_creeps_in(x, weight, eps):

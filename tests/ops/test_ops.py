@@ -109,7 +109,9 @@ def test_reference_rounds_like_its_dtype(op, data):
     expected = gate.Truth(op, case, args)
     for name, truth in (expected.truth or {}).items():
         ref = expected.ref[name]
-        assert torch.equal(ref.isnan(), truth.isnan())
+        if not ref.is_floating_point():
+            continue
+        assert torch.equal(ref.double().isnan(), truth.isnan())
         finite = truth.isfinite()
         error = torch.linalg.vector_norm(ref.double()[finite] - truth[finite])
         slack = 64 if ref.dtype == torch.float32 else 1  # fp32: the sums round too, and a softmax scales their error
@@ -121,7 +123,7 @@ def test_reference_is_a_torch_op(op):
     """Schema, fake outputs (shapes, dtypes, strides) and aliasing hold for the reference as for any kernel."""
     (case,) = gate.draw(op.cases.strategy(st, small=True).filter(gate.has_two_sizes), 1, op)
     with gate.forced(op, "reference"):
-        torch.library.opcheck(op.torch_op, op.cases.make(case, DEVICE, 0))
+        gate.opcheck(op, op.cases.make(case, DEVICE, 0))
 
 
 @every_op

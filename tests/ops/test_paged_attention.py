@@ -1,5 +1,7 @@
 """A mixed step is its decodes, its prefill chunks and zeros; what no CUDA graph can hold stays out of graphs."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,8 @@ from nanodeploy.errors import ConfigError
 from nanodeploy.ops import decode_attention, paged_attention, prefill_attention
 from nanodeploy.ops.decode_attention import cases as decode_cases
 from nanodeploy.ops.decode_attention import flashinfer as decode_adapter
+from nanodeploy.ops.layouts import KVCache
+from nanodeploy.ops.paged_attention import Rows
 from nanodeploy.ops.prefill_attention import cases as prefill_cases
 from nanodeploy.ops.prefill_attention import flashinfer as prefill_adapter
 from nanodeploy.ops.registry import Kernel, Op
@@ -23,32 +27,33 @@ SCALE = 64**-0.5
 
 def step(
     decode_lens: list[int], chunks: list[tuple[int, int]], num_padding: int, num_spare: int, seed: int
-) -> tuple[tuple, Tensor]:
+) -> tuple[tuple[Tensor, KVCache, Rows], Tensor]:
     """(arguments of paged_attention for this step, what it should return). A chunk is (q_len, kv_len); `num_spare`
     rows of the per-sequence buffers and the padding tokens hold garbage."""
-    q_lens = tuple(q for q, _ in chunks)
+    q_lens, num_decodes = tuple(q for q, _ in chunks), len(decode_lens)
     kv_lens = (*decode_lens, *(kv for _, kv in chunks), *[1] * num_spare)
     shape = (len(kv_lens), 6, 2, 64, 16, 4)
     g = torch.Generator(DEVICE).manual_seed(seed)
     layout = decode_cases.Case(DTYPE, *shape).layout
-    kv_pages, page_table, lens = decode_cases.make_cache(layout, kv_lens, 4, DEVICE, g)
-    num_decodes = len(decode_lens)
+    cache, table, lens = decode_cases.make_cache(layout, kv_lens, 4, DEVICE, g)
     q = decode_cases.make_queries((num_decodes + sum(q_lens) + num_padding, 6, 64), 2, DTYPE, g)
     q[num_decodes + sum(q_lens) :] = float("nan")
-    cu_q_lens = torch.tensor([0, *q_lens], device=DEVICE).cumsum(0).int()
+    cu_q_lens = torch.tensor([num_decodes, *q_lens], device=DEVICE).cumsum(0).int()
     spare = torch.full((num_spare,), -7, dtype=torch.int32, device=DEVICE)
-    counts = torch.tensor([num_decodes, len(chunks)], dtype=torch.int32)
+    rows = Rows(
+        decode_table=table,
+        decode_lens=lens,
+        prefixes=torch.zeros((len(lens), 2), dtype=torch.int32, device=DEVICE),
+        chunk_table=table[num_decodes:].clone(),
+        chunk_lens=lens[num_decodes:].clone(),
+        cu_q_lens=torch.cat([cu_q_lens, spare]),
+        counts=torch.tensor([num_decodes, len(chunks), 0], dtype=torch.int32),
+    ).planned(6, 2)
 
-    wanted = torch.zeros(q.shape, dtype=DTYPE, device=DEVICE)
-    after = num_decodes + len(chunks)
-    wanted[:num_decodes] = decode_attention.reference(
-        q[:num_decodes], kv_pages, page_table[:num_decodes], lens[:num_decodes], SCALE
-    )
-    rows = slice(num_decodes, after)
-    wanted[num_decodes:] = prefill_attention.reference(
-        q[num_decodes:], kv_pages, page_table[rows], lens[rows], cu_q_lens, SCALE
-    )
-    return (q, kv_pages, page_table, lens, torch.cat([cu_q_lens, spare]), counts, SCALE), wanted
+    head, after = slice(num_decodes), slice(num_decodes, num_decodes + len(chunks))
+    wanted = prefill_attention.reference(q, *cache, table[after], lens[after], cu_q_lens, None, SCALE, 0, 0)
+    wanted[head] = decode_attention.reference(q[head], *cache, table[head], lens[head], None, None, None, SCALE, 0)
+    return (q, cache, rows), wanted
 
 
 chunk = st.integers(0, 64).flatmap(lambda kv_len: st.tuples(st.integers(0, kv_len), st.just(kv_len)))
@@ -64,14 +69,39 @@ chunk = st.integers(0, 64).flatmap(lambda kv_len: st.tuples(st.integers(0, kv_le
 def test_mixed_step_is_its_parts(decode_lens, chunks, num_padding, num_spare, seed):
     args, wanted = step(decode_lens, chunks, num_padding, num_spare, seed)
     tolerance = decode_cases.TOLERANCE[DTYPE]
-    torch.testing.assert_close(paged_attention(*args), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(paged_attention(*args, SCALE), wanted, rtol=tolerance, atol=tolerance)
+
+
+@given(decode_lens=st.lists(st.integers(1, 64), min_size=1, max_size=3), chunks=st.lists(chunk, max_size=2))
+def test_more_rows_than_there_are_change_nothing(decode_lens, chunks):
+    """As in a CUDA graph captured for more decodes and more chunks: the device's lengths say which are there."""
+    (q, cache, rows), wanted = step(decode_lens, chunks, 6, 2, seed=1)
+    q = q.nan_to_num()
+    num_decodes, num_chunks = len(decode_lens), len(chunks)
+    lens = torch.cat([rows.decode_lens[:num_decodes], rows.decode_lens.new_zeros(2)])
+    ends = rows.cu_q_lens[num_chunks].repeat(2)
+    table = torch.cat([rows.decode_table[:num_decodes], rows.decode_table[:2]])
+    wider = dataclasses.replace(
+        rows,
+        decode_table=table,
+        decode_lens=lens,
+        prefixes=rows.prefixes.new_zeros(len(lens), 2),
+        chunk_table=torch.cat([rows.chunk_table[:num_chunks], rows.decode_table[:2]]),
+        chunk_lens=torch.cat([rows.chunk_lens[:num_chunks], rows.chunk_lens.new_zeros(2)]),
+        cu_q_lens=torch.cat([rows.cu_q_lens[: num_chunks + 1], ends]),
+        counts=torch.tensor([len(lens), num_chunks + 2, 0], dtype=torch.int32),
+    ).planned(6, 2)
+    tolerance = decode_cases.TOLERANCE[DTYPE]
+    torch.testing.assert_close(paged_attention(q, cache, wider, SCALE), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_counts_are_read_at_run_time_without_compiling_again():
     """One compilation serves mixed steps, steps of decodes alone and steps of chunks alone."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(lambda *args: paged_attention(*args) * 2, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda *args: paged_attention(*args, SCALE) * 2, backend=counter, fullgraph=True, dynamic=True
+    )
     for decode_lens, chunks, num_padding in (([5, 9], [(3, 40)], 1), ([1, 64, 30], [], 2), ([], [(4, 4), (2, 9)], 0)):
         args, wanted = step(decode_lens, chunks, num_padding, 2, seed=3)
         # By default two axes of one length are taken for one axis.
@@ -81,7 +111,10 @@ def test_counts_are_read_at_run_time_without_compiling_again():
 
 
 def test_it_is_a_sound_torch_op():
-    torch.library.opcheck(torch.ops.nanodeploy.paged_attention.default, step([5, 0, 33], [(3, 40)], 1, 1, seed=0)[0])
+    (q, cache, rows), _ = step([5, 0, 33], [(3, 40)], 1, 1, seed=0)
+    tensors = rows.decode_table, rows.decode_lens, rows.prefixes, rows.chunk_table, rows.chunk_lens, rows.cu_q_lens
+    args = q, cache.pages, None, *tensors, rows.counts, rows.plan, None, SCALE, 0, 0
+    torch.library.opcheck(torch.ops.nanodeploy.paged_attention.default, args)
 
 
 class PagedWrapper:
@@ -103,7 +136,9 @@ class PagedWrapper:
 
     def run(self, q: Tensor, kv_pages: Tensor, out: Tensor | None = None) -> Tensor:
         assert q.is_contiguous() and len(q) == self.cu_q_lens[-1]
-        found = prefill_attention.reference(q, kv_pages, self.page_table, self.kv_lens, self.cu_q_lens, self.scale)
+        found = prefill_attention.reference(
+            q, kv_pages, None, self.page_table, self.kv_lens, self.cu_q_lens, None, self.scale, 0, 0
+        )
         return found if out is None else out.copy_(found)
 
 
@@ -114,7 +149,8 @@ class PagedWrapper:
 )
 @given(data=st.data())
 def test_flashinfer_is_given_lists_that_mean_the_same(op, cases, adapter, data):
-    case = data.draw(cases.strategy(st, small=True))
+    fits = op.kernels["flashinfer"].when
+    case = data.draw(cases.strategy(st, small=True).filter(lambda c: fits(c) and not getattr(c, "num_before", 0)))
     args = cases.make(case, DEVICE, data.draw(st.integers(0, 99)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "_wrapper", lambda device: PagedWrapper())
@@ -125,7 +161,7 @@ def test_flashinfer_is_given_lists_that_mean_the_same(op, cases, adapter, data):
 
 def test_a_kernel_that_no_graph_can_hold_is_not_chosen_while_capturing(monkeypatch):
     def kernel(name: str, capturable: bool) -> Kernel:
-        return Kernel(name, lambda x: x, "cpu", lambda case: True, False, None, True, None, "", capturable)
+        return Kernel(name, lambda x: x, "cpu", lambda case: True, False, None, None, True, None, "", capturable)
 
     op = Op("two", lambda x: x, (), {"planned": kernel("planned", False), "plain": kernel("plain", True)})
     monkeypatch.setattr("nanodeploy.ops.registry.measured", lambda key: {"two": [{"kernel": "planned"}]})

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +60,14 @@ def test_on_a_cpu_there_is_always_room_for_one_sequence():
     assert choose_sizes(few, cache.room_on_cpu(few, bytes_per_page, 10**6), bytes_per_page, 10**6) == (3, 48)
 
 
-def test_a_page_has_the_bytes_of_all_layers():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_page_has_the_bytes_of_all_layers(dtype):
     needs = [KVPages(2, 8)] * 3
-    tensors = cache.allocate(needs, 5, 16, torch.float16, torch.device("cpu"))
-    assert sum(tensor.nbytes for tensor in tensors) == 5 * cache.page_bytes(needs, 16, torch.float16)
+    caches = cache.allocate(needs, 5, 16, dtype, torch.device("cpu"))
+    num_bytes = sum(tensor.nbytes for layer in caches for tensor in layer if tensor is not None)
+    assert num_bytes == 5 * cache.page_bytes(needs, 16, dtype)
+
+
+def test_an_fp8_cache_holds_nearly_twice_the_tokens():
+    needs = [KVPages(8, 128)] * 36
+    assert 1.95 < cache.page_bytes(needs, 64, torch.bfloat16) / cache.page_bytes(needs, 64, torch.float8_e4m3fn) < 2

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, MAX_LEN, VOCAB, Oracle, make_engine, make_model, run, take, without_overlap
+from tiny import END, MAX_LEN, VOCAB, Oracle, PaddedSteps, make_engine, make_model, run, take, without_overlap
 from torch._dynamo.testing import CompileCounter
 
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError, QueueFullError, RequestError
+from nanodeploy.runtime import step
 from nanodeploy.runtime.engine import Engine
 from nanodeploy.sampling import SamplingParams
 from nanodeploy.wire import GenerateRequest
@@ -109,11 +110,15 @@ def check(oracle, requests, answers):
     flags=engines,
     asked=st.lists(st.tuples(prompts, sampling, st.integers(0, 8)), min_size=1, max_size=6),
     overlap=st.booleans(),
+    padded=st.booleans(),
 )
 @settings(max_examples=50)
-def test_every_request_gets_what_it_would_get_alone(checkpoint, oracle, flags, asked, overlap):
-    """Alone = batched = chunked = cached = preempted, for any sampling; and overlapping steps change nothing."""
+def test_every_request_gets_what_it_would_get_alone(checkpoint, oracle, flags, asked, overlap, padded):
+    """Alone = batched = chunked = cached = preempted, for any sampling; overlapping steps change nothing, nor does
+    padding as CUDA graphs have it."""
     engine = make_engine(checkpoint, **flags)
+    if padded:
+        engine.runner.graphs = PaddedSteps(engine)
     requests = [GenerateRequest(str(i), prompt, params) for i, (prompt, params, _) in enumerate(asked)]
     arrivals = [arrival for _, _, arrival in asked]
     answers = run(engine, requests, arrivals, Engine.step if overlap else without_overlap)
@@ -145,6 +150,23 @@ def test_a_prefix_is_computed_once(checkpoint, oracle):
     answers.append(run(engine, [again])["again"])
     assert answers[-1].end.num_cached_tokens == 0
     check(oracle, [*ask, again], {answer.end.id: answer for answer in answers})
+
+
+def test_sequences_on_one_prefix_are_grouped_and_get_their_own_answers(checkpoint, oracle, monkeypatch):
+    """Decodes are put into an order in which groups are adjacent; whose token is whose must not depend on it."""
+    monkeypatch.setattr(step, "MIN_GROUP", 2)
+    monkeypatch.setattr(step, "MIN_PREFIX_TOKENS", 16)
+    engine = make_engine(checkpoint, kvcache_block_size=4)
+    engine.runner.graphs = PaddedSteps(engine)
+    run(engine, [GenerateRequest(f"first {k}", TEXTS[k][:40], GREEDY) for k in range(2)])
+    requests = [
+        GenerateRequest(str(i), [*TEXTS[i % 2][: 40 - i % 3], i], msgspec.structs.replace(GREEDY, logprobs=1, seed=i))
+        for i in range(7)
+    ]
+    check(oracle, requests, run(engine, requests))
+    assert any(form.shared for form in engine.runner.graphs.forms)
+    prefixes = engine.runner.inputs.decode.device.prefixes[:7]
+    assert sorted(map(tuple, prefixes.tolist())) == [(0, 36)] * 4 + [(4, 36)] * 3
 
 
 def test_requests_without_a_seed_get_theirs_from_the_engine(checkpoint, oracle):

@@ -24,7 +24,7 @@ def make_engine(**flags) -> Engine:
     flags = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "num_kvcache_blocks": 400, **flags}
     engine = Engine(Config(model="demo:qwen3", device="cuda", **flags))
     for cache in engine.runner.caches:
-        cache.fill_(math.nan)
+        cache.pages.fill_(math.nan)
     return engine
 
 

@@ -9,6 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from nanodeploy.config import Config
 from nanodeploy.ops.sample.reference import sample
 from nanodeploy.runtime.engine import Engine
+from nanodeploy.runtime.graphs import Graphs, batch_sizes, token_sizes
+from nanodeploy.runtime.step import Form
 from nanodeploy.wire import GenerateRequest, TokenEvent
 
 VOCAB, END, MAX_LEN = 61, 60, 96
@@ -39,8 +41,26 @@ def make_engine(directory, **flags) -> Engine:
     flags = {"max_num_seqs": 8, "kvcache_block_size": 16, "max_num_batched_tokens": 256, "device": "cpu", **flags}
     engine = Engine(Config(model=str(directory), **flags))
     for cache in engine.runner.caches:
-        cache.fill_(math.nan)
+        cache.pages.fill_(math.nan)
     return engine
+
+
+class PaddedSteps(Graphs):
+    """Every step in the padded form of its graph, but run as it is, since a CPU captures nothing."""
+
+    def __init__(self, engine: Engine):
+        config = engine.config
+        self.forward, self.max_num_seqs = engine.runner.forward, config.max_num_seqs
+        self.decode_sizes = batch_sizes(config.max_num_seqs)
+        self.mixed_sizes = token_sizes(config.max_num_batched_tokens)
+        self.forms: list[Form] = []
+
+    def run(self, form: Form) -> torch.Tensor:
+        self.forms.append(form)
+        return self.forward(form)
+
+    def missing(self) -> None:
+        return None
 
 
 @dataclass

@@ -55,6 +55,9 @@ class FakeEngine:
         if self.running.pop(id, None) is not None:
             self.aborted.append(id)
 
+    def idle(self) -> bool:
+        return False
+
     def busy(self) -> bool:
         return bool(self.running or self.aborted)
 

@@ -64,14 +64,20 @@ class ServerProcess:
     """`nanodeploy serve` as a subprocess. Output is collected by threads, so that no pipe fills up."""
 
     def __init__(
-        self, *flags: str, temporary: Path, engine: str = "fake_engine:FakeEngine", stdout: IO | int = subprocess.PIPE
+        self,
+        *flags: str,
+        temporary: Path,
+        engine: str = "fake_engine:FakeEngine",
+        stdout: IO | int = subprocess.PIPE,
+        root: Path = ROOT,
     ):
         temporary.mkdir(exist_ok=True)
         self.temporary = temporary  # its TMPDIR, to see what it leaves behind
         code = f"import sys; from nanodeploy import cli; sys.exit(cli.main(sys.argv[1:], engine={engine!r}))"
-        path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        path = os.pathsep.join([str(root), str(Path(__file__).parent)])
         self.popen = subprocess.Popen(
             [sys.executable, "-c", code, "serve", "--port", "0", *flags],
+            cwd=root,
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,

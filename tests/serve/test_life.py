@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -61,6 +62,8 @@ def test_start_up_tells_its_phases_and_a_line_that_works(start: Start, model: Pa
     server = start(str(model)).started()
     told = "".join(server.lines)
     assert "pretending to load" in told and "6,400 tokens of KV cache" in told and "longest request 256 tokens" in told
+    seconds = [float(line.split(" s  ")[0]) for line in told.splitlines() if re.match(r" +\d+\.\d\d s  ", line)]
+    assert len(seconds) > 3 and sum(seconds[:-1]) == pytest.approx(seconds[-1], abs=0.05), told
     curl = server.expect("^ *curl .*")[0]
     reply = subprocess.run(f"{curl} -s", shell=True, capture_output=True, text=True, timeout=PATIENCE_S)
     assert json.loads(reply.stdout)["choices"][0]["message"]["content"] == "user\n1+1=?"

@@ -18,6 +18,7 @@ from serving import PATIENCE_S, ROOT, eventually, is_alive
 
 from nanodeploy import wire
 from nanodeploy.config import Config
+from nanodeploy.runtime.process import whole_start
 from nanodeploy.sampling import SamplingParams
 from nanodeploy.wire import Abort, Events, Fatal, GenerateRequest, Heartbeat, Progress, Ready, Shutdown, TokenEvent
 
@@ -34,7 +35,10 @@ class Peer:
         self.socket.bind(endpoint)
         command = [sys.executable, "-m", "nanodeploy.runtime.process", endpoint, str(os.getpid())]
         self.popen = subprocess.Popen(
-            [*command, "fake_engine:FakeEngine"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+            [*command, "fake_engine:FakeEngine", str(time.monotonic())],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENV,
         )
         assert self.popen.stdin is not None
         self.popen.stdin.write(json.dumps(Config(model=str(model), **settings).to_dict()).encode())
@@ -101,7 +105,18 @@ def test_start_up_tells_its_phases_and_then_itself(connect: Callable[..., Peer])
     peer = connect(max_model_len=99)
     first, second, ready = peer.receive(), peer.receive(), peer.receive()
     assert isinstance(first, Progress) and isinstance(second, Progress) and second.phase == "pretending to load"
-    assert isinstance(ready, Ready) and ready.max_model_len == 99 and ready.info == {"device": "fake"}
+    assert isinstance(ready, Ready) and ready.max_model_len == 99 and ready.info["device"] == "fake"
+    phases = ready.info["phases"]
+    assert first.phase in phases and "front end: flags, model files, port" in phases
+    assert sum(phases.values()) == pytest.approx(second.elapsed_s, abs=1), "it began when the peer said"
+
+
+def test_the_whole_start_has_the_engines_phases_in_the_place_of_the_engine() -> None:
+    whole = whole_start(0.5, {"python": 1.0, "engine": 4.0, "garbage": 0.25}, {"weights": 1.5, "warming up": 2.0})
+    assert list(whole.items()) == [
+        ("front end: flags, model files, port", 0.5), ("python", 1.0), ("weights", 1.5), ("warming up", 2.0),
+        ("engine: all else", 0.5), ("garbage", 0.25),
+    ]  # fmt: skip
 
 
 def test_one_message_per_step_carries_every_request(peer: Peer) -> None:
@@ -236,7 +251,7 @@ def test_it_dies_with_its_parent(tmp_path: Path, model: Path) -> None:
     code = (
         "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-m', 'nanodeploy.runtime.process', sys.argv[1], str(os.getpid()),"
-        " 'fake_engine:FakeEngine'], stdin=subprocess.PIPE)\n"
+        " 'fake_engine:FakeEngine', str(time.monotonic())], stdin=subprocess.PIPE)\n"
         "child.stdin.write(sys.argv[2].encode()); child.stdin.close(); print(child.pid, flush=True); time.sleep(60)"
     )
     config = json.dumps(Config(model=str(model)).to_dict())

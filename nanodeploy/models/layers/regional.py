@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanodeploy.models.batch import Batch
+from nanodeploy.ops.layouts import KVCache
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable = "inductor") -> None:
@@ -20,14 +21,15 @@ def compile_layers(layers: nn.ModuleList, backend: str | Callable = "inductor") 
         layer.compile(backend=backend, fullgraph=True)
 
 
-def mark_sizes(batch: Batch, x: Tensor, residual: Tensor, cache: Tensor) -> None:
+def mark_sizes(batch: Batch, x: Tensor, residual: Tensor, cache: KVCache) -> None:
     """Say which axes of the first layer's inputs vary; later layers then fit the code that the first one compiled.
 
     These are the tokens, the pages of the cache (a warm-up runs before they are counted), and the sizes of the
     per-sequence buffers. An axis of length 1 is left: torch.compile gives it code of its own.
     """
-    fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
-    axes = [(t, axis) for t in fields if t is not batch.counts for axis in range(t.ndim)]
-    for tensor, axis in [*axes, (x, 0), (residual, 0), (cache, 0)]:
+    fields = [getattr(part, field.name) for part in (batch, batch.rows) for field in dataclasses.fields(part)]
+    tensors = [t for t in fields if isinstance(t, Tensor) and t is not batch.rows.counts]
+    axes = [(t, axis) for t in tensors for axis in range(t.ndim)]
+    for tensor, axis in [*axes, (x, 0), (residual, 0), *((t, 0) for t in cache if t is not None)]:
         if tensor.shape[axis] > 1:
             torch._dynamo.mark_dynamic(tensor, axis)

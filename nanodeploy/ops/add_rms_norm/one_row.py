@@ -4,22 +4,28 @@ import torch
 import triton
 import triton.language as tl
 
+from nanodeploy.ops import overlap
 from nanodeploy.ops.add_rms_norm.reference import add_rms_norm
+from nanodeploy.ops.overlap import go, wait
 from nanodeploy.ops.registry import Aot
 
 
 @triton.jit
-def _add_one_row(x, residual, weight, y, total, stride_x, stride_residual, dim, eps, BLOCK: tl.constexpr):
+def _add_one_row(
+    x, residual, weight, y, total, stride_x, stride_residual, dim, eps, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    go(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < dim
+    gain = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    wait(PDL)
     added = tl.load(x + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
     kept = tl.load(residual + row * stride_residual + cols, mask=mask, other=0.0).to(tl.float32)
     rounded = (kept + added).to(total.dtype.element_ty)
     tl.store(total + row * dim + cols, rounded, mask=mask)
     wide = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
-    gain = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * dim + cols, (wide * scale * gain).to(y.dtype.element_ty), mask=mask)
 
 
@@ -34,7 +40,7 @@ def _aot():
                 _add_one_row,
                 dict.fromkeys(("x", "residual", "weight", "y", "total"), dtype)
                 | {"stride_x": "i32", "stride_residual": "i32", "dim": "i32", "eps": "fp32"},
-                {"BLOCK": block},
+                {"BLOCK": block, "PDL": True},
                 num_warps=_num_warps(block),
                 divisible=("x", "residual", "weight", "y", "total", "stride_x", "stride_residual", "dim"),
                 wants=("ld.v4",),
@@ -50,6 +56,6 @@ def one_row(x, residual, weight, eps):
         block = triton.next_power_of_2(dim)
         _add_one_row[(num_tokens,)](
             x, residual, weight, y, total, x.stride(0), residual.stride(0), dim, eps,
-            BLOCK=block, num_warps=_num_warps(block),
+            BLOCK=block, num_warps=_num_warps(block), **overlap.launch(),
         )  # fmt: skip
     return y, total

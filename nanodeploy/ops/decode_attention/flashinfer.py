@@ -33,18 +33,18 @@ def _wrapper(device: torch.device) -> Any:
 
 
 def _takes(case) -> bool:
-    return case.dtype in (torch.bfloat16, torch.float16) and case.head_dim in (64, 128, 256)
+    return case.plain and case.dtype in (torch.bfloat16, torch.float16) and case.head_dim in (64, 128, 256)
 
 
 @decode_attention.kernel(needs="sm80", when=_takes, requires="flashinfer", interpretable=False, capturable=False)
-def flashinfer(q, kv_pages, page_table, kv_lens, scale):
+def flashinfer(q, kv_pages, kv_scales, page_table, kv_lens, prefixes, plan, sinks, scale, window):
     lens = kv_lens.tolist()
     rows = [row for row, kv_len in enumerate(lens) if kv_len]
     if len(rows) < len(lens):  # it knows no empty sequences
         out = q.new_zeros(q.shape)
         if rows:
             some = torch.tensor(rows, device=q.device)
-            out[some] = flashinfer(q[some], kv_pages, page_table[some], kv_lens[some], scale)
+            out[some] = flashinfer(q[some], kv_pages, None, page_table[some], kv_lens[some], None, None, None, scale, 0)
         return out
     wrapper = _wrapper(q.device)
     wrapper.plan(

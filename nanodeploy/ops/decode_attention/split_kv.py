@@ -261,9 +261,9 @@ def _aot():
 
 
 def _takes(case) -> bool:
-    return case.head_dim in (64, 128, 256) and case.group <= 16 and case.page_size % 16 == 0
+    return case.plain and case.head_dim in (64, 128, 256) and case.group <= 16 and case.page_size % 16 == 0
 
 
 @decode_attention.kernel(needs="sm80", when=_takes, aot=_aot)
-def split_kv(q, kv_pages, page_table, kv_lens, scale):
+def split_kv(q, kv_pages, kv_scales, page_table, kv_lens, prefixes, plan, sinks, scale, window):
     return launch(q, kv_pages, page_table, kv_lens, scale, pick(q.shape[2], q.element_size()))

@@ -22,31 +22,49 @@ QWEN3_8B = {
     "lm_head": (151936, 4096),
 }
 
+QWEN3_06B = {
+    "qkv": (4096, 1024),
+    "o": (1024, 2048),
+    "gate_up": (6144, 1024),
+    "down": (1024, 3072),
+    "lm_head": (151936, 1024),
+}
+
 POINTS = {
-    f"qwen3-8b {name} T{num_tokens}": Case(torch.bfloat16, num_tokens, *shape)
-    for name, shape in QWEN3_8B.items()
-    for num_tokens in (1, 8, 16, 256, 8192)
+    f"{model} {name} T{num_tokens}": Case(torch.bfloat16, num_tokens, *shape)
+    for model, shapes, tokens in (
+        ("qwen3-8b", QWEN3_8B, (1, 8, 16, 32, 64, 128, 256, 8192)),
+        ("qwen3-0.6b", QWEN3_06B, (1, 8, 64, 256)),
+    )
+    for name, shape in shapes.items()
+    for num_tokens in tokens
     if name != "lm_head" or num_tokens <= 256  # logits of every token of a prompt are nobody's need
 }
 
 
 def _regions() -> list[tuple[dict, list[str]]]:
-    """Each shape's own winner for one token and for a few; elsewhere, what wins over all shapes."""
-    few: list[tuple[int | list[int], tuple[int, ...]]] = [(1, (1,)), ([2, 16], (8, 16))]
+    """Each shape's own winner for one token and for some; elsewhere, what wins over all of Qwen3-8B's shapes."""
+    few: list[tuple[int | list[int], tuple[int, ...]]] = [
+        (1, (1,)), ([2, 16], (8, 16)), ([17, 32], (32,)), ([33, 64], (64,)), ([65, 256], (128, 256)),
+    ]  # fmt: skip
     own = [
-        ({"num_tokens": where, "out_dim": out_dim, "in_dim": in_dim}, [f"qwen3-8b {name} T{t}" for t in points])
-        for where, points in few
-        for name, (out_dim, in_dim) in QWEN3_8B.items()
+        ({"num_tokens": where, "out_dim": out_dim, "in_dim": in_dim}, points)
+        for where, tokens in few
+        for model, shapes in (("qwen3-8b", QWEN3_8B), ("qwen3-0.6b", QWEN3_06B))
+        for name, (out_dim, in_dim) in shapes.items()
+        if (points := [point for t in tokens if (point := f"{model} {name} T{t}") in POINTS])
     ]
-    all_shapes = [
-        ({"num_tokens": where}, [f"qwen3-8b {name} T{t}" for t in points for name in QWEN3_8B]) for where, points in few
+    all_shapes: list[tuple[dict, list[str]]] = [
+        ({"num_tokens": where}, [f"qwen3-8b {name} T{t}" for t in tokens for name in QWEN3_8B]) for where, tokens in few
     ]
-    return [*own, *all_shapes, ({}, [f"qwen3-8b {name} T256" for name in QWEN3_8B])]
+    return [*own, *all_shapes, ({}, [f"qwen3-8b {name} T8192" for name in QWEN3_8B if name != "lm_head"])]
 
 
 REGIONS = _regions()
 
 FAR = Case(torch.bfloat16, 1, 2**19 + 1, 4096)  # addresses past 2**31 elements
+
+ROWS = ("x",)  # arguments split by row when a row is run alone
 
 
 def of(x: Tensor, weight: Tensor) -> Case:
@@ -57,7 +75,9 @@ def strategy(st, *, small: bool):
     return st.builds(
         Case,
         dtype=st.sampled_from([torch.float16] if small else [torch.bfloat16, torch.float16]),
-        num_tokens=st.integers(1, 17) if small else st.one_of(st.integers(1, 17), st.integers(18, 300)),
+        num_tokens=st.one_of(st.just(1), st.integers(2, 70))
+        if small
+        else st.one_of(st.just(1), st.integers(2, 17), st.integers(18, 300)),
         out_dim=st.sampled_from([1, 16, 63, 64, 80] if small else [1, 63, 64, 1000, 4096, 6144, 24576]),
         in_dim=st.sampled_from([16, 64, 272] if small else [64, 72, 1000, 3072, 4096, 12288]),
     )

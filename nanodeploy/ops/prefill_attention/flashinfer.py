@@ -19,11 +19,11 @@ def _wrapper(device: torch.device) -> Any:
 
 
 def _takes(case) -> bool:
-    return case.dtype in (torch.bfloat16, torch.float16) and case.head_dim in (64, 128, 256)
+    return case.plain and case.dtype in (torch.bfloat16, torch.float16) and case.head_dim in (64, 128, 256)
 
 
 @prefill_attention.kernel(needs="sm80", when=_takes, requires="flashinfer", interpretable=False, capturable=False)
-def flashinfer(q, kv_pages, page_table, kv_lens, cu_q_lens, scale):
+def flashinfer(q, kv_pages, kv_scales, page_table, kv_lens, cu_q_lens, sinks, scale, window, split_tokens):
     num_seqs = page_table.shape[0]
     lengths = torch.cat([kv_lens, cu_q_lens]).tolist()
     lens, bounds = lengths[:num_seqs], lengths[num_seqs:]

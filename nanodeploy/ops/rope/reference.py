@@ -4,6 +4,18 @@ from torch import Tensor
 from nanodeploy.ops.registry import op
 
 
+def turned(x: Tensor, angles: Tensor, weight: Tensor | None, eps: float, interleaved: bool) -> Tensor:
+    """Heads x [T, heads, E], normed if there is a weight [E], rotated by angles [T, 1, R]; in x's dtype."""
+    if weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    cos, sin = angles.chunk(2, dim=-1)
+    head, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+    a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    head = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((head, rest), dim=-1)
+
+
 @op(out=lambda q, k, positions, cos_sin, q_norm, k_norm, eps, interleaved: (q.new_empty(q.shape), k.new_empty(k.shape)))
 def rope(
     q: Tensor,
@@ -23,16 +35,7 @@ def rope(
     computed in fp32, rounded once.
     """
     assert (q_norm is None) == (k_norm is None), "norm weights come for both or neither of q and k"
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-
-    def turned(x: Tensor, weight: Tensor | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if weight is not None:
-            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
-        head, rest = wide[..., : cos_sin.shape[1]], wide[..., cos_sin.shape[1] :]
-        a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
-        pair = a * cos - b * sin, b * cos + a * sin
-        head = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-        return torch.cat((head, rest), dim=-1).to(x.dtype)
-
-    return turned(q, q_norm), turned(k, k_norm)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    angles = cos_sin[positions].unsqueeze(1)
+    q, k = (turned(x.to(wide), angles, w, eps, interleaved).to(q.dtype) for x, w in ((q, q_norm), (k, k_norm)))
+    return q, k

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+linear_silu_mul = room(__name__)

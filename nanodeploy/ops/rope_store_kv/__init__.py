@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+rope_store_kv = room(__name__)
