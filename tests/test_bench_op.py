@@ -366,7 +366,7 @@ def test_decodes_of_the_slice_read_their_whole_context(tiny_slice):
     for scenario in slice.SCENARIOS:
         batch = slice.make_batch(scenario, torch.device("cpu"))
         assert len(batch.slots.unique()) == len(batch.slots)
-        for row, (kv_len, pages) in enumerate(zip(batch.kv_lens.tolist(), batch.page_table)):
+        for row, (kv_len, pages) in enumerate(zip(batch.rows.decode_lens.tolist(), batch.page_table)):
             mine = [i for i, s in enumerate(batch.slots.tolist()) if s // slice.PAGE_SIZE in pages.tolist()]
             assert [batch.positions[i].item() for i in mine][-1] == kv_len - 1 == scenario.context - 1
             assert mine[-1] == batch.logit_rows[row]
