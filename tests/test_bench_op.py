@@ -350,8 +350,8 @@ def test_an_op_of_the_prompt_is_timed_in_the_prefill_step(tiny_slice, monkeypatc
 
 
 def test_a_kernel_is_timed_in_the_first_step_it_takes(tiny_slice, monkeypatch):
-    with_cpu_kernel("silu_mul", monkeypatch, when=lambda case: case.num_tokens == 64)
-    times, _ = tiny_slice.compare("silu_mul", ["counted"])
+    with_cpu_kernel("linear_silu_mul", monkeypatch, when=lambda case: case.num_tokens == 64)
+    times, _ = tiny_slice.compare("linear_silu_mul", ["counted"])
     assert [t.scenario for t in times] == ["prefill 1 x 64"] * 2
 
 
@@ -366,7 +366,7 @@ def test_decodes_of_the_slice_read_their_whole_context(tiny_slice):
     for scenario in slice.SCENARIOS:
         batch = slice.make_batch(scenario, torch.device("cpu"))
         assert len(batch.slots.unique()) == len(batch.slots)
-        for row, (kv_len, pages) in enumerate(zip(batch.rows.decode_lens.tolist(), batch.page_table)):
+        for row, (kv_len, pages) in enumerate(zip(batch.rows.decode_lens.tolist(), batch.rows.decode_table)):
             mine = [i for i, s in enumerate(batch.slots.tolist()) if s // slice.PAGE_SIZE in pages.tolist()]
             assert [batch.positions[i].item() for i in mine][-1] == kv_len - 1 == scenario.context - 1
             assert mine[-1] == batch.logit_rows[row]

@@ -200,7 +200,8 @@ def test_models(client: openai.OpenAI, server: ServerProcess) -> None:
 
 def test_server_info_and_health(server: ServerProcess) -> None:
     info = server.get("/server_info").json()
-    assert info["state"] == "ready" and info["engine"] == {"device": "fake"} and info["config"]["port"] == 0
+    assert info["state"] == "ready" and info["engine"]["device"] == "fake" and info["config"]["port"] == 0
+    assert all(seconds >= 0 for seconds in info["engine"]["phases"].values())
     assert info["sampling_defaults"] == {"temperature": 0.5, "top_k": 20}
     health = server.get("/health")
     assert health.status_code == 200 and health.json()["status"] == "ready"
@@ -540,8 +541,8 @@ def running(server: ServerProcess) -> float:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("half", [True, False], ids=["shutdown", "close"])
-def test_a_client_that_leaves_frees_its_place_within_a_second(healthy: ServerProcess, stream: bool, half: bool) -> None:
-    body = json.dumps({**SLOW, "stream": stream, "n": 3}).encode()
+def test_a_client_that_leaves_frees_its_place_at_once(healthy: ServerProcess, stream: bool, half: bool) -> None:
+    body = json.dumps({**SLOW, "stream": stream, "n": 3, "cache_salt": "delay=0.2"}).encode()
     connection = raw(healthy)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
     assert eventually(lambda: running(healthy) == 3)
@@ -551,7 +552,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_second(healthy: ServerPro
         connection.shutdown(socket.SHUT_WR)
     else:
         connection.close()
-    assert eventually(lambda: running(healthy) == 0, 1.5)  # a heartbeat may be half a second old
+    assert eventually(lambda: running(healthy) == 0, 5)  # it would run for a minute; a heartbeat is half a second old
     connection.close()
 
 

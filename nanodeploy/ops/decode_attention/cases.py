@@ -232,6 +232,17 @@ def cost(case: Case) -> Cost:
     return Cost(num_bytes, 4 * case.num_heads * case.head_dim * case.num_queries * sum(seen))
 
 
+def alone(args: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], slice]]:
+    """Each sequence as a call of its own, with neither plan nor shared prefix."""
+    q, kv_pages, kv_scales, page_table, kv_lens, _, _, *rest = args
+    num_queries = q.shape[0] // max(1, len(kv_lens))
+    found: list[tuple[tuple[Any, ...], slice]] = []
+    for row in range(len(kv_lens)):
+        place, this = slice(row * num_queries, (row + 1) * num_queries), slice(row, row + 1)
+        found.append(((q[place], kv_pages, kv_scales, page_table[this], kv_lens[this], None, None, *rest), place))
+    return found
+
+
 def moved(cache: KVCache, page_table: Tensor, seed: int) -> tuple[KVCache, Tensor]:
     """The same sequences with every page at another place."""
     num_pages = cache.pages.shape[0]

@@ -129,9 +129,6 @@ def _attend(
         hidden = context + (first_row + BLOCK_M - 1) // group - window + 1
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None:
-        highest = tl.load(sinks + heads) * _LOG2_E
-        total += 1.0
     mixed = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     # What the tile before left to do: its weights, the shrink of `mixed` that they assume, where its values lie.
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -200,6 +197,10 @@ def _attend(
             weights = tl.exp2(scores * scale_log2 - base[:, None])
             total = total * shrink + tl.sum(weights, 1)
         highest = risen
+    if sinks is not None:
+        # Last, as it brings no value: an fp16 weight beside a high sink would have few bits left.
+        sink = tl.load(sinks + heads, mask=present, other=0.0) * _LOG2_E
+        total += tl.exp2(tl.minimum(sink - highest, 126.0))
     tl.store(where, (mixed / total[:, None]).to(out.dtype.element_ty), mask=present[:, None])
 
 
