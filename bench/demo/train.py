@@ -1,6 +1,9 @@
 """Trains a demo checkpoint with transformers' own model and saves it in Hugging Face format.
 
 python -m bench.demo.train --recipe qwen3 --out nanodeploy/demo/qwen3 --minutes 3 --device cuda --graphs
+
+Mixtures of experts are kept in balance as their families do it: by an auxiliary loss (router_aux_loss_coef; Qwen3-MoE)
+or by a bias that moves against the load (e_score_correction_bias; DeepSeek-V3, arXiv:2408.15664).
 """
 
 import argparse
@@ -23,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.demo import data
@@ -43,7 +47,60 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 96,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
 }
+BIAS_STEP = 0.001  # by which the bias of an expert moves after each step
 SHAPES = {64: 512, 512: 64, 1024: 32, 2048: 16}  # length: rows; about as many tokens in each
 CURRICULUM = [  # from this progress on: the share of steps at each length
     (0.00, {64: 0.60, 512: 0.40}),
@@ -53,6 +110,46 @@ CURRICULUM = [  # from this progress on: the share of steps at each length
 
 # A name without a mask function: transformers then builds no mask, and SDPA runs causal. Rows are padded on the right.
 AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+
+
+def every_expert(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """All experts for all tokens: at this size cheaper than sorting, and a CUDA graph can hold it.
+
+    x [T, D]; ids and weights [T, k]. Returns [T, D].
+    """
+    shares = x.new_zeros(len(x), experts.num_experts, dtype=weights.dtype).scatter(1, ids, weights)
+    gate, up = (x @ experts.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)  # [E, T, I] each
+    each = (experts.act_fn(gate) * up) @ experts.down_proj.transpose(1, 2)  # [E, T, D]
+    return (each * shares.T.unsqueeze(-1)).sum(0).to(x.dtype)
+
+
+ExpertsInterface.register("every_expert", every_expert)
+
+
+class Balance:
+    """Counts how often each expert is chosen, and moves the biases of routers that have one."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+        self.loads = [torch.zeros_like(router.e_score_correction_bias) for router in self.routers]
+        for router, load in zip(self.routers, self.loads):
+            router.register_forward_hook(lambda module, args, routed, load=load: self._count(load, routed[2]))
+
+    @staticmethod
+    @torch.no_grad()
+    def _count(load: Tensor, ids: Tensor) -> None:
+        load.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=load.dtype))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for router, load in zip(self.routers, self.loads):
+            router.e_score_correction_bias += BIAS_STEP * torch.sign(load.mean() - load)
+            load.zero_()
+
+    def spread(self) -> float | None:
+        """The biases' range, the largest over the layers; it grows for as long as a router leaves experts idle."""
+        biases = [router.e_score_correction_bias for router in self.routers]
+        return max((b.max() - b.min()).item() for b in biases) if biases else None
 
 
 class Batches:
@@ -100,12 +197,16 @@ class Gradients:
     def eager(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         # no cast cache: a cast made before a capture must not be reused in it
         on_gpu = ids.is_cuda
+        aux_share = getattr(self.model.config, "router_aux_loss_coef", 0.0)
+        routed = {"output_router_logits": True} if aux_share else {}
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if on_gpu else nullcontext():
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            output = self.model(input_ids=ids, use_cache=False, **routed)
+        logits = output.logits[:, :-1]
         each = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         wanted = weights[:, 1:].flatten()
         loss = (each * wanted).sum() / wanted.sum()
-        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+        total = loss + aux_share * output.aux_loss if aux_share else loss
+        return loss.detach(), torch.autograd.grad(total, self.parameters)
 
     def capture(self, ids: Tensor, weights: Tensor) -> None:
         ids, weights = ids.clone(), weights.clone()
@@ -177,7 +278,7 @@ def schedule(progress: float, step: int, lr: float) -> float:
 
 
 def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace) -> dict:
-    gradients = Gradients(model, args.graphs)
+    gradients, balance = Gradients(model, args.graphs), Balance(model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -196,6 +297,7 @@ def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace) ->
         losses[length].append(gradients(*batches.take(length)))
         nn.utils.clip_grad_norm_(gradients.parameters, 1.0)
         optimizer.step()
+        balance.step()
         seen[length] += 1
         step += 1
         if step % args.print_every == 0:
@@ -214,11 +316,18 @@ def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace) ->
         "seconds": round(time.time() - start, 1),
         "steps_by_length": dict(seen),
         "batches": {"fresh": batches.num_fresh, "again": batches.num_again},
+        "spread_of_router_biases": balance.spread(),
     }
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    model.bfloat16().save_pretrained(folder)
+    """In bf16, but for the routers' biases, as the families' own checkpoints have them."""
+    routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    biases = [router.e_score_correction_bias for router in routers]
+    model.bfloat16()
+    for router, bias in zip(routers, biases):
+        router.e_score_correction_bias = bias
+    model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer = data.load(folder)
     ends = [data.token_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>")]
@@ -259,7 +368,8 @@ def main() -> None:
             eos_token_id=end,
             pad_token_id=pad,
         )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="causal_sdpa").float().to(args.device)
+        how = {"attn_implementation": "causal_sdpa", "experts_implementation": "every_expert"}
+        model = AutoModelForCausalLM.from_config(config, **how).float().to(args.device)
         num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{args.recipe}: {num_parameters} parameters; start-up {time.time() - began:.1f} s", flush=True)
         result = train(model, batches, args)
