@@ -112,7 +112,7 @@ CURRICULUM = [  # from this progress on: the share of steps at each length
 AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
 
 
-def every_expert(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def every_expert(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """All experts for all tokens: at this size cheaper than sorting, and a CUDA graph can hold it.
 
     x [T, D]; ids and weights [T, k]. Returns [T, D].
@@ -130,7 +130,7 @@ class Balance:
     """Counts how often each expert is chosen, and moves the biases of routers that have one."""
 
     def __init__(self, model: PreTrainedModel):
-        self.routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+        self.routers: list[Any] = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
         self.loads = [torch.zeros_like(router.e_score_correction_bias) for router in self.routers]
         for router, load in zip(self.routers, self.loads):
             router.register_forward_hook(lambda module, args, routed, load=load: self._count(load, routed[2]))
@@ -322,7 +322,7 @@ def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace) ->
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     """In bf16, but for the routers' biases, as the families' own checkpoints have them."""
-    routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    routers: list[Any] = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
     biases = [router.e_score_correction_bias for router in routers]
     model.bfloat16()
     for router, bias in zip(routers, biases):
