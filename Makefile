@@ -14,9 +14,11 @@ help:
 serve: $(VENV)/.user
 	$(BIN)/nanodeploy serve $(MODEL) $(ARGS)
 
-# One thread per process: the models are tiny, and some tests run several servers side by side.
+# A process per core, but one where they would share a GPU. One thread per process: the models are tiny, and some tests
+# run several servers side by side.
+test: JOBS ?= $(if $(shell command -v nvidia-smi),0,auto)
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

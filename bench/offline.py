@@ -31,7 +31,8 @@ import torch
 from bench import header, machine
 from nanodeploy import LLM, SamplingParams, catalog, flags
 from nanodeploy.config import Config
-from nanodeploy.models import registry
+from nanodeploy.models import checkpoint, registry
+from nanodeploy.models.layers.experts import Experts
 from nanodeploy.runtime import cache
 from nanodeploy.wire import GenerateRequest
 
@@ -80,45 +81,71 @@ def generate_s(llm: LLM, prompts: Prompts, params: SamplingParams | list[Samplin
 class Work:
     """What one token costs a model at least, in bytes and flops."""
 
-    weight_bytes: int  # read once per step; of the embedding only a few rows are, unless it is the output layer too
+    weight_bytes: int  # read by every step; of the embedding only a few rows are, unless it is the output layer too
     kv_token_bytes: int  # of all layers
     layer_flops: int  # per token, without attention
     head_flops: int  # per token whose logits are wanted
     pair_flops: int  # attention, per (query, key) pair, all layers
+    expert_bytes: int = 0  # of all experts of all layers; a step reads those that its tokens are sent to
+    expert_share: float = 0.0  # of them that one token is sent to
 
     @staticmethod
     def of(config: Config, dtype: torch.dtype) -> "Work":
         """Count the parameters of the model, built without memory."""
-        model = registry.skeleton(catalog.locate(config.model, config.tokenizer))
+        files = catalog.locate(config.model, config.tokenizer)
+        model = registry.skeleton(files, config.load_format, config.quantization)
         shape: Any = model.shape
-        total = sum(p.numel() for p in model.parameters())
+        experts = [module for module in model.modules() if isinstance(module, Experts)]
+        share = shape.routing.top_k / shape.routing.num_experts if experts else 0.0
+        num_in_experts = sum(module.gate_up.numel() + module.down.numel() for module in experts)
+        expert_bytes = sum(checkpoint.num_bytes(module, dtype) for module in experts)
         embedding = shape.vocab_size * shape.hidden_size
+        elsewhere = embedding * (1 if shape.tied else 2) + num_in_experts
+        scales = sum(p.numel() for name, p in model.named_parameters() if "scale" in name)
+        num_in_layers = sum(p.numel() for p in model.parameters()) - scales - elsewhere
         kv_dtype = cache.KV_DTYPES.get(config.kv_cache_dtype, dtype)
         layouts = [need.layout(config.kvcache_block_size, kv_dtype) for need in model.cache_needs()]
+        unread = 0 if shape.tied else embedding * dtype.itemsize
         return Work(
-            weight_bytes=(total - (0 if shape.tied else embedding)) * dtype.itemsize,
+            weight_bytes=checkpoint.num_bytes(model, dtype) - expert_bytes - unread,
             kv_token_bytes=sum(layout.token_bytes for layout in layouts),
-            layer_flops=2 * (total - embedding * (1 if shape.tied else 2)),
+            layer_flops=2 * num_in_layers + round(2 * num_in_experts * share),
             head_flops=2 * embedding,
-            pair_flops=4 * shape.num_heads * shape.head_dim * shape.num_layers,
+            pair_flops=pair_flops(shape),
+            expert_bytes=expert_bytes,
+            expert_share=share,
         )
+
+    def read_bytes(self, num_tokens: float) -> float:
+        """Weights that a step of so many tokens reads, if its routers have no favourites."""
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** num_tokens)
 
     def decode_floor_s(self, batch: int, kv_len: float, limits: machine.Limits) -> float:
         """One decode step of `batch` sequences with `kv_len` tokens of context each."""
-        num_bytes = self.weight_bytes + batch * kv_len * self.kv_token_bytes
+        num_bytes = self.read_bytes(batch) + batch * kv_len * self.kv_token_bytes
         flops = batch * (self.layer_flops + self.head_flops + kv_len * self.pair_flops)
         return max(num_bytes / limits.copy_bytes_per_s, flops / limits.bf16_flops_per_s)
 
     def prefill_floor_s(self, prompt_lens: Iterable[int], limits: machine.Limits) -> float:
         """The first token of each of these prompts."""
-        flops = sum(n * self.layer_flops + n * (n + 1) // 2 * self.pair_flops + self.head_flops for n in prompt_lens)
-        return max(self.weight_bytes / limits.copy_bytes_per_s, flops / limits.bf16_flops_per_s)
+        lens = list(prompt_lens)
+        flops = sum(n * self.layer_flops + n * (n + 1) // 2 * self.pair_flops + self.head_flops for n in lens)
+        return max(self.read_bytes(sum(lens)) / limits.copy_bytes_per_s, flops / limits.bf16_flops_per_s)
 
     def workload_floor_s(self, prompt_lens: Sequence[int], output_lens: Sequence[int], limits: machine.Limits) -> float:
         """Prefill, then as many decode steps as the longest output has tokens; each reads the weights and its KV."""
         kv_tokens = sum(n * (p + n // 2) for p, n in zip(prompt_lens, output_lens))
-        num_bytes = max(output_lens) * self.weight_bytes + kv_tokens * self.kv_token_bytes
+        running = [sum(n > step for n in output_lens) for step in range(max(output_lens))]
+        num_bytes = sum(map(self.read_bytes, running)) + kv_tokens * self.kv_token_bytes
         return self.prefill_floor_s(prompt_lens, limits) + num_bytes / limits.copy_bytes_per_s
+
+
+def pair_flops(shape: Any) -> int:
+    """Of attention, for one query and one key, all heads and layers: of latents with the heads' own keys and values."""
+    if hasattr(shape, "attention"):
+        dims = shape.attention
+        return 2 * dims.num_heads * (dims.nope_dim + dims.rope_dim + dims.value_dim) * shape.num_layers
+    return 4 * shape.num_heads * shape.head_dim * shape.num_layers
 
 
 # The tests
@@ -289,9 +316,10 @@ def busy_and_gaps(intervals: Iterable[tuple[float, float]], min_gap: float) -> t
 
 
 def title(config: Config) -> str:
-    """The model's name, and what makes its figures another's: qwen3-8b, qwen3-8b-fp8, qwen3-8b-deterministic."""
+    """The model's name, and what makes its figures another's: qwen3-8b, qwen3-8b-fp8 (its cache), -fp8-weights."""
     name = Path(config.model.removeprefix("demo:").removeprefix("random-")).name.lower()
-    return name + variant(config) + ("-deterministic" if config.deterministic else "")
+    weights = f"-{config.quantization}-weights" if config.quantization != "auto" else ""
+    return name + variant(config) + weights + ("-deterministic" if config.deterministic else "")
 
 
 def variant(config: Config) -> str:

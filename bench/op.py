@@ -46,6 +46,8 @@ class Row:
     unit: str  # "GB/s" or "TFLOP/s"
     percent: float  # of the machine's limit
     note: str
+    num_bytes: int = 0  # the least that a call can do with
+    flops: int = 0
 
     def cells(self) -> list[str]:
         rate = f"{self.rate / (1e9 if self.unit == 'GB/s' else 1e12):.0f} {self.unit}"
@@ -64,7 +66,8 @@ def make_row(point: str, kernel: str, op: Op, case: Any, timing: Timing, ceiling
     notes += ["launched from Python"] if timing.how == "stream" else []
     notes += [f"± {timing.spread_us:.1f} us"] if timing.spread_us > 0.05 * timing.us else []
     percent = 100 * max(bytes_s, flops_s) / seconds
-    return Row(point, kernel, timing.us, timing.spread_us, amount / seconds, unit, percent, ", ".join(notes))
+    rate, note = amount / seconds, ", ".join(notes)
+    return Row(point, kernel, timing.us, timing.spread_us, rate, unit, percent, note, cost.num_bytes, cost.flops)
 
 
 def roofline(op: Op, contenders: list[Kernel], ceilings: Limits) -> tuple[list[Row], list[str]]:

@@ -15,8 +15,13 @@ DEMOS = PACKAGE / "demo"
 SHAPES = PACKAGE / "models" / "configs"
 RANDOM = "random-"  # demo:random-NAME
 
-# The architecture that config.json names -> the file in nanodeploy/models that implements it.
-FAMILIES = {"Qwen3ForCausalLM": "qwen3"}
+# The architecture that config.json names -> the values of model_type that come with it, which are also the names of the
+# files in nanodeploy/models. Of a model_type that is not among them the first decides.
+FAMILIES = {
+    "Qwen3ForCausalLM": ("qwen3",),
+    "Qwen3MoeForCausalLM": ("qwen3_moe",),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", "kimi_k2"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ def locate(model: str, tokenizer: str | None = None) -> ModelFiles:
 def family(config: dict[str, Any]) -> str:
     """The file in nanodeploy/models for a config.json. Raises ConfigError if there is none."""
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or [a for a, name in FAMILIES.items() if name == model_type]
+    architectures = config.get("architectures") or [a for a, names in FAMILIES.items() if model_type in names]
     for architecture in architectures:
         if architecture in FAMILIES:
-            return FAMILIES[architecture]
+            names = FAMILIES[architecture]
+            return model_type if model_type in names else names[0]
+    ours = [f"{architecture} (model_type {' or '.join(names)})" for architecture, names in FAMILIES.items()]
     raise ConfigError(
         f"config.json says architectures {config.get('architectures')}, model_type {model_type!r}; "
-        f"nanodeploy runs {', '.join(f'{a} (model_type {name!r})' for a, name in FAMILIES.items())}."
+        f"nanodeploy runs {', '.join(ours)}."
     )
 
 

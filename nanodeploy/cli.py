@@ -57,10 +57,11 @@ def _serve(argv: list[str], engine: str) -> int:
     """Everything that can be wrong is looked at in order of cost: flags, model files, the port, then the engine."""
     config = flags.parse(argv, "nanodeploy serve")
     from nanodeploy import catalog
-    from nanodeploy.serve import launch
+    from nanodeploy.serve import launch, parsers
 
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own, so that nothing is left behind
         signal.signal(number, _leave)
+    parsers.choose(None, None, config.tool_call_parser, config.reasoning_parser)
     files = catalog.locate(config.model, config.tokenizer)
     with launch.listen(config.host, config.port) as listener, launch.EngineProcess(config, engine) as process:
         from nanodeploy.serve import server  # after the engine was started: the two load side by side

@@ -35,6 +35,11 @@ class Config:
     load_format: str = option(
         "auto", "auto reads safetensors; dummy draws random weights", choices=("auto", "safetensors", "dummy")
     )
+    quantization: str = option(
+        "auto",
+        "weights in FP8: auto takes them as the checkpoint has them, fp8 quantises one of 16 bits as it loads",
+        choices=("auto", "fp8"),
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus output, tokens; default: the model's, cut to what fits", low=1
     )
@@ -73,6 +78,16 @@ class Config:
     max_num_waiting: int = option(4096, "requests that may wait; more are refused with 503", low=0)
     max_logprobs: int = option(20, "most log-probabilities per token a request may ask for", low=0)
     # the server
+    tool_call_parser: str = option(
+        "auto",
+        "how the model writes tool calls: hermes (or qwen3), qwen3_coder (qwen3_xml), glm47 (glm45, glm5), "
+        "deepseek_v3, deepseek_v31, deepseek_v32, deepseek_v4, kimi_k2, none; auto sees it in the chat template",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how the model writes reasoning: think (or a model's name, such as qwen3, glm5, kimi_k2), deepseek_r1 (always "
+        "thinks), none; auto sees it in the chat template",
+    )
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     shutdown_timeout: float = option(30.0, "seconds a drain may take after Ctrl-C or SIGTERM", low=0)

@@ -12,6 +12,7 @@ from nanodeploy.errors import RequestError
 MAX_N = 128
 MAX_STOPS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 1 << 20
 # What a model's generation_config.json may set where a request says nothing.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -19,8 +20,8 @@ MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to turn logits into tokens, and when to stop.
 
-    The order is: penalties, logit_bias, min_tokens mask, temperature, top_k, top_p, min_p, then a Gumbel draw that
-    depends on (seed, position) alone. temperature 0 takes the largest logit (the lowest token id of equals).
+    The order is: penalties, logit_bias, min_tokens mask, grammar, temperature, top_k, top_p, min_p, then a Gumbel draw
+    that depends on (seed, position) alone. temperature 0 takes the largest logit (the lowest token id of equals).
     """
 
     n: int = 1
@@ -42,6 +43,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # the sampled token's log-probability plus this many of the likeliest
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    # What the answer must follow, in the language of nanodeploy.matcher.Grammar. It says when the answer may end, so
+    # ignore_eos means nothing beside it. A server has it tried in another process first (serve/grammar_check.py).
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         """As vLLM's users write it: `stop` may be one string, and both lists of stops may be None."""
@@ -91,6 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             want(value is None or 0 <= value <= max_logprobs, name, f"0 to {max_logprobs}")
+        if self.grammar is not None and not 0 < len(self.grammar) <= MAX_GRAMMAR_CHARS:
+            raise RequestError(f"grammar: wanted 1 to {MAX_GRAMMAR_CHARS} characters.", param="grammar")
         if self.logit_bias is not None:
             ok = len(self.logit_bias) <= MAX_LOGIT_BIAS and all(
                 0 <= token < vocab_size and math.isfinite(bias) and -100 <= bias <= 100

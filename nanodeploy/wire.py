@@ -6,7 +6,7 @@ import msgspec
 
 from nanodeploy.sampling import SamplingParams
 
-VERSION = 2
+VERSION = 3
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):

@@ -46,6 +46,30 @@ def test_tied_models_read_their_embedding_once():
     assert work.layer_flops + work.head_flops == pytest.approx(work.weight_bytes, rel=0.01)
 
 
+def test_a_mixture_reads_the_experts_that_its_tokens_go_to():
+    """Qwen3-30B-A3B: 3.3 billion parameters a token, 1.5 ms at batch 1 (all 30.5 billion would be 14)."""
+    work = offline.Work.of(Config(model="demo:random-qwen3-30b-a3b"), torch.bfloat16)
+    assert (work.weight_bytes + work.expert_bytes) / 2e9 == pytest.approx(30.5 - 0.31, rel=0.01)
+    assert (work.layer_flops + work.head_flops) / 2e9 == pytest.approx(3.35 - 0.31, rel=0.01)
+    assert work.read_bytes(1) == pytest.approx(work.layer_flops + work.head_flops, rel=0.01)
+    assert work.read_bytes(1e6) == work.weight_bytes + work.expert_bytes
+    assert work.decode_floor_s(1, 0, H200) == pytest.approx(1.43e-3, rel=0.02)
+    assert work.decode_floor_s(64, 1000, H200) > 8 * work.decode_floor_s(1, 1000, H200)
+
+
+def test_floors_of_latents_and_of_weights_in_fp8():
+    work = offline.Work.of(Config(model="demo:random-deepseek-v3-slice", kv_cache_dtype="fp8"), torch.bfloat16)
+    assert work.kv_token_bytes == 8 * 656
+    assert work.pair_flops == 8 * 2 * 128 * (192 + 128)
+    per_expert = 3 * 7168 * 2048
+    assert work.expert_bytes == pytest.approx(7 * 32 * per_expert, rel=1e-3) and work.expert_share == 8 / 32
+    bf16 = offline.Work.of(Config(model="demo:random-qwen3-8b"), torch.bfloat16)
+    fp8 = offline.Work.of(Config(model="demo:random-qwen3-8b", quantization="fp8"), torch.bfloat16)
+    in_16_bits = 2 * 151936 * 4096
+    assert fp8.weight_bytes - in_16_bits == pytest.approx((bf16.weight_bytes - in_16_bits) / 2, rel=1e-3)
+    assert (fp8.layer_flops, fp8.head_flops) == (bf16.layer_flops, bf16.head_flops)
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 6))
 def test_busy_time_is_the_union(intervals, min_gap):
     covered = {t for start, length in intervals for t in range(start, start + length)}

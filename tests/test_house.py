@@ -29,6 +29,7 @@ GROUND = (
         "nanodeploy.phases",
     ),
     "nanodeploy.phases",
+    "nanodeploy.matcher",
 )
 SERVE = (*GROUND, "nanodeploy.wire", "nanodeploy.serve")
 RUNTIME = (*GROUND, "nanodeploy.wire", "nanodeploy.ops", "nanodeploy.models", "nanodeploy.runtime")

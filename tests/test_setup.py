@@ -31,9 +31,10 @@ def test_a_wheel_holds_every_data_file():
     assert {"nanodeploy*", "bench*"} <= set(find["find"]["include"])
 
 
-def test_the_demo_is_small_and_safe():
-    files = [p for p in catalog.DEMOS.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 6 * 2**20
+@pytest.mark.parametrize("demo", sorted(p for p in catalog.DEMOS.iterdir() if p.is_dir()), ids=lambda p: p.name)
+def test_a_demo_is_small_and_safe(demo):
+    files = [p for p in demo.rglob("*") if p.is_file()]
+    assert 2**20 < sum(p.stat().st_size for p in files) <= 6 * 2**20
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 
@@ -146,17 +147,39 @@ def test_documents_name_what_exists(path):
 def test_readmes_flags_exist():
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|") and "`--" in line]
     named = [flag for row in rows for flag in re.findall(r"--([a-z]\w+)", row)]
-    assert len(named) >= 5 and set(named) <= {*Config.__dataclass_fields__, "all", "tests", "launch"}
+    assert len(named) >= 5 and set(named) <= {*Config.__dataclass_fields__, "all", "tests", "launch", "batch"}
 
 
-def test_readmes_kernel_edit_changes_something(tmp_path):
-    """The researcher's loop: each substitution that README makes finds what it replaces."""
-    (script,) = re.findall(r"sed -i '(.+)' (?:\S+/)mine.py", (ROOT / "README.md").read_text())
-    kernel = (ROOT / "nanodeploy/ops/decode_attention/split_kv.py").read_text()
-    edits = [edit.split("/")[1:3] for edit in script.split("; ")]
+@pytest.mark.parametrize("name", ["README.md", "docs/LAB.md"])
+def test_a_kernel_edit_changes_something(name):
+    """The researcher's loop: each substitution made in the copied kernel finds what it replaces."""
+    text = (ROOT / name).read_text()
+    ((copied, script),) = re.findall(r"cp (\S+) \S+mine\.py\nsed -i '(.+)' \S+mine\.py", text)
+    kernel = (ROOT / copied).read_text()
+    edits = [edit.split("|")[1:3] for edit in script.split("; ")]
     assert len(edits) == 2
     for old, new in edits:
         assert kernel.count(old) == 1 and old != new
+
+
+def test_the_kernel_is_shown_as_it_is():
+    (shown,) = re.findall(r"```python\n(@triton.jit.+?)```", (ROOT / "README.md").read_text(), re.S)
+    assert shown in (ROOT / "nanodeploy/ops/add_rms_norm/one_row.py").read_text()
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+
+
+def test_readme_names_kernels_that_exist():
+    """The table of what a step is made of: ops, and kernels of theirs."""
+    rows = re.findall(r"^\| `(\w+)` \| (`.+) \| .+ \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 8
+    for op, kernels in rows:
+        for kernel in re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", kernels)):
+            assert (ROOT / "nanodeploy/ops" / op / f"{kernel}.py").exists(), f"{op} has no kernel {kernel}"
 
 
 def test_readme_warns_of_the_namesakes():

@@ -152,6 +152,16 @@ class Balance:
         return max((b.max() - b.min()).item() for b in biases) if biases else None
 
 
+def imbalance(routed: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The auxiliary loss of arXiv:2101.03961, equations 4 to 6, over all layers together: k if all experts are chosen
+    alike. transformers' own counts on the host, which no CUDA graph can hold."""
+    num_experts = routed[0][0].shape[1]
+    ids = torch.cat([ids.flatten() for _, ids in routed])
+    counts = torch.zeros(num_experts, device=ids.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+    chances = torch.cat([torch.softmax(logits.float(), dim=-1) for logits, _ in routed])
+    return num_experts * (counts / len(chances) * chances.mean(dim=0)).sum()
+
+
 class Batches:
     """Batches from worker processes, made ahead. When none is ready, an old one of that length is used again."""
 
@@ -193,20 +203,29 @@ class Gradients:
         self.model, self.graphs = model, graphs
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.captured: dict[torch.Size, tuple] = {}
+        self.aux_share: float = getattr(model.config, "router_aux_loss_coef", 0.0)
+        self.routed: list[tuple[Tensor, Tensor]] = []  # (logits [T, E], ids [T, k]) of each router in a forward pass
+        if self.aux_share:
+            for router in (m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")):
+                router.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, args: tuple, routed: tuple[Tensor, Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled():
+            self.routed.append((routed[0], routed[2]))
 
     def eager(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         # no cast cache: a cast made before a capture must not be reused in it
         on_gpu = ids.is_cuda
-        aux_share = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        routed = {"output_router_logits": True} if aux_share else {}
+        self.routed.clear()
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if on_gpu else nullcontext():
-            output = self.model(input_ids=ids, use_cache=False, **routed)
+            output = self.model(input_ids=ids, use_cache=False)
         logits = output.logits[:, :-1]
         each = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         wanted = weights[:, 1:].flatten()
         loss = (each * wanted).sum() / wanted.sum()
-        total = loss + aux_share * output.aux_loss if aux_share else loss
-        return loss.detach(), torch.autograd.grad(total, self.parameters)
+        total = loss + self.aux_share * imbalance(self.routed) if self.aux_share else loss
+        gradients = torch.autograd.grad(total, self.parameters)
+        return loss.detach(), tuple(g.contiguous() for g in gradients)  # the fused optimizer wants strides like theirs
 
     def capture(self, ids: Tensor, weights: Tensor) -> None:
         ids, weights = ids.clone(), weights.clone()

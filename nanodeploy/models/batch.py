@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanodeploy.ops.layouts import KVLayout
+from nanodeploy.errors import ConfigError
+from nanodeploy.ops.layouts import E4M3, FP8_BLOCK, KVLayout, LatentLayout
 from nanodeploy.ops.paged_attention import Rows
 
 
@@ -34,4 +35,21 @@ class KVPages:
         return KVLayout(page_size, self.num_kv_heads, self.head_dim, dtype)
 
 
-CacheNeeds = KVPages  # grows into a union: latent pages, index pages, recurrent state, windows
+@dataclass(frozen=True)
+class LatentPages:
+    """A layer keeps a latent of every token, and a key that its heads share, in pages."""
+
+    rank: int
+    rope_dim: int
+
+    def layout(self, page_size: int, dtype: torch.dtype) -> LatentLayout:
+        """Raises ConfigError where this model has no FP8 cache."""
+        if dtype == E4M3 and self.rank % FP8_BLOCK:
+            raise ConfigError(
+                f"--kv_cache_dtype fp8: the model's latents have {self.rank} values (kv_lora_rank); FP8 pages hold "
+                f"multiples of {FP8_BLOCK}. Use --kv_cache_dtype auto."
+            )
+        return LatentLayout(page_size, self.rank, self.rope_dim, dtype)
+
+
+CacheNeeds = KVPages | LatentPages  # what grows: index pages, recurrent state, windows

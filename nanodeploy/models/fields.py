@@ -5,15 +5,16 @@ from typing import Any
 from nanodeploy.errors import ConfigError
 
 
-def integer(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number. Raises ConfigError if it is neither there nor has a default, or is something else."""
+def integer(config: dict[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number. Raises ConfigError if it is neither there nor has a default, or is something else or smaller."""
+    wanted = "a positive whole number" if least == 1 else f"a whole number from {least} on"
     value = config.get(key)
     if value is None:
         value = default
     if value is None:
-        raise ConfigError(f"config.json has no {key}; wanted a positive whole number.")
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"config.json: {key} is {value!r}; wanted a positive whole number.")
+        raise ConfigError(f"config.json has no {key}; wanted {wanted}.")
+    if type(value) is not int or value < least:
+        raise ConfigError(f"config.json: {key} is {value!r}; wanted {wanted}.")
     return value
 
 
@@ -27,6 +28,16 @@ def number(config: dict[str, Any], key: str, default: float | None = None) -> fl
     if type(value) not in (int, float) or not 0 < value < float("inf"):
         raise ConfigError(f"config.json: {key} is {value!r}; wanted a number greater than 0.")
     return float(value)
+
+
+def boolean(config: dict[str, Any], key: str, default: bool) -> bool:
+    """True or false. Raises ConfigError if it is something else."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) is not bool:
+        raise ConfigError(f"config.json: {key} is {value!r}; wanted true or false.")
+    return value
 
 
 def only(config: dict[str, Any], key: str, wanted: Any, default: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from nanodeploy.models.batch import Batch, CacheNeeds
-from nanodeploy.ops.layouts import KVCache
+from nanodeploy.ops.layouts import Cache
 
 
 class LanguageModel(nn.Module, ABC):
@@ -14,14 +14,14 @@ class LanguageModel(nn.Module, ABC):
 
     vocab_size: int  # V
     max_model_len: int  # tokens, the positions it has
-    ignored_tensors: frozenset[str] = frozenset()  # names that a checkpoint may carry to no effect
+    ignored_tensors: tuple[str, ...] = ()  # names, `*` for anything, that a checkpoint may carry to no effect
 
     @abstractmethod
     def cache_needs(self) -> list[CacheNeeds]:
         """What each layer keeps."""
 
     @abstractmethod
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """One step. caches: one per layer, laid out as `cache_needs` says; what the step's tokens leave is written.
 
         Returns the hidden states after the last norm of the rows batch.logit_rows, [N, D].

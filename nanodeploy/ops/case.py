@@ -48,8 +48,8 @@ class CasesModule(Protocol):
     #   agrees(args, out, reference_out, case) -> str | None
     #                             a complaint, for ops whose equality is not elementwise; replaces the error budget
     #   agrees_written(args, written, reference, case) -> {argument: str | None}
-    #                             the same for mutated arguments (given by name) whose equality is not elementwise; of
-    #                             those that it does not name the error budget decides
+    #                             the same for mutated arguments and outputs (given by name) whose equality is not
+    #                             elementwise; of those that it does not name the error budget decides
     #   owned(case, args) -> {argument: bool mask}
     #                             what of a mutated argument may change; default: what the reference changes
     #   ROWS                      names of the arguments whose first axis, like every output's, is the batch; by it a

@@ -9,6 +9,7 @@ from torch import Tensor
 from nanodeploy.ops.decode_attention import decode_attention
 from nanodeploy.ops.layouts import KVCache
 from nanodeploy.ops.plan_decode import plan_decode
+from nanodeploy.ops.plan_decode.reference import UNIT
 from nanodeploy.ops.prefill_attention import prefill_attention
 from nanodeploy.ops.registry import LIBRARY
 
@@ -33,16 +34,21 @@ class Rows:
     chunk_table: Tensor  # [C, max_pages] int32
     chunk_lens: Tensor  # [C] int32
     cu_q_lens: Tensor  # [C + 1] int32, first token of each chunk, and the end
-    counts: Tensor  # [3] int32 on the host: rows of decodes, rows of chunks, 1 if `prefixes` are to be used
+    # [3] or [4] int32 on the host: rows of decodes, rows of chunks, 1 if `prefixes` are to be used, and, where it is
+    # known, what the sum of chunk_lens is at most: latent attention then needs no sync to know how much memory it wants
+    counts: Tensor
     split_tokens: int = 0  # not 0: every token sums its context in stretches of so many (see prefill_attention)
     plan: Tensor | None = None  # how decode_attention's work is cut; from `planned`
 
-    def planned(self, num_heads: int, num_kv_heads: int, window: int = 0) -> "Rows":
-        """With the plan of this step's decodes: made once, for all layers with these heads and this window."""
-        num_decodes, _, shared = self.counts.tolist()
+    def planned(self, num_heads: int, num_kv_heads: int, window: int = 0, shares: bool = True) -> "Rows":
+        """With the plan of this step's decodes: made once, for all layers with these heads and this window.
+
+        shares: whether `prefixes` are used where there are any."""
+        num_decodes, _, shared = self.counts.tolist()[:3]
         if num_decodes and self.decode_lens.is_cuda:
-            prefixes = self.prefixes[:num_decodes] if shared else None
-            plan = plan_decode(self.decode_lens[:num_decodes], prefixes, 1, num_heads, num_kv_heads, window)
+            prefixes = self.prefixes[:num_decodes] if shared and shares else None
+            shape = 1, num_heads, num_kv_heads, window
+            plan = plan_decode(self.decode_lens[:num_decodes], prefixes, *shape, self.split_tokens or UNIT)
         else:  # the CPU's kernels want none
             plan = self.decode_lens.new_zeros(NO_PLAN_LEN)
         return dataclasses.replace(self, plan=plan)
@@ -65,7 +71,7 @@ def _paged_attention(
     window: int,
     split_tokens: int,
 ) -> Tensor:
-    num_decodes, num_chunks, shared = counts.tolist()
+    num_decodes, num_chunks, shared = counts.tolist()[:3]
     out = None
     if num_chunks:
         out = prefill_attention(
@@ -93,7 +99,7 @@ def _paged_attention(
             scale,
             window,
         )
-        if num_decodes == q.shape[0]:
+        if out is None and num_decodes == q.shape[0]:
             return decoded
         if out is None:
             out = q.new_zeros(q.shape)

@@ -24,6 +24,9 @@ LIBRARY = torch.library.Library("nanodeploy", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
 CHOICES = Path(__file__).parent / "choices"
 
+# Vendor packages built from their own sources, and which. PyPI's projects of these names are other people's.
+SOURCES = {"deep_gemm": "github.com/deepseek-ai/DeepGEMM at v2.1.1.post3 (c9f8b34)"}
+
 
 @dataclass(frozen=True)
 class Aot:
@@ -288,7 +291,8 @@ def use(overrides: dict[str, str], deterministic: bool = False) -> None:
                 raise ConfigError(f"--kernels {op_name}={kernel_name}: {op_name} has {names}.")
             kernel = made.kernels[kernel_name]
             if not kernel.available():
-                wanted = f"the package {kernel.requires}" if kernel.requires else kernel.needs
+                source = f", built from {SOURCES[kernel.requires]}" if kernel.requires in SOURCES else ""
+                wanted = f"the package {kernel.requires}{source}" if kernel.requires else kernel.needs
                 raise ConfigError(f"--kernels {op_name}={kernel_name}: needs {wanted}, which is not here.")
     for op_name, made in OPS.items():
         made.override = overrides.get(op_name)

@@ -7,7 +7,7 @@ import torch
 from nanodeploy.config import Config
 from nanodeploy.errors import ConfigError
 from nanodeploy.models.batch import CacheNeeds
-from nanodeploy.ops.layouts import KVCache, num_pages_for
+from nanodeploy.ops.layouts import Cache, num_pages_for
 
 GIB = 2**30
 CPU_BYTES = GIB
@@ -31,13 +31,13 @@ def kv_dtype(config: Config) -> torch.dtype:
 
 
 def page_bytes(needs: list[CacheNeeds], page_size: int, dtype: torch.dtype) -> int:
-    """One page, in all layers."""
+    """One page, in all layers. Raises ConfigError where a layer cannot keep what it needs in this dtype."""
     return sum(need.layout(page_size, dtype).page_bytes for need in needs)
 
 
 def allocate(
     needs: list[CacheNeeds], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> list[KVCache]:
+) -> list[Cache]:
     """One per layer, in the layer's own layout. Not cleared: nothing is read before it was written, and on a CPU memory
     costs nothing until it is touched.
     """

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from nanodeploy.config import Config
 from nanodeploy.errors import QueueFullError, RequestError
+from nanodeploy.runtime.grammars import Failure, Grammars
 from nanodeploy.runtime.pages import PagePool
 from nanodeploy.runtime.request import Request
 from nanodeploy.runtime.runner import InFlight
-from nanodeploy.runtime.scheduler import Scheduler
+from nanodeploy.runtime.scheduler import Scheduler, event
 from nanodeploy.runtime.startup import start
 from nanodeploy.wire import Abort, GenerateRequest, Stats, TokenEvent
 
@@ -40,7 +42,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefix_caching=config.enable_prefix_caching,
         )
+        self.grammars = Grammars(started.tokenizer_json, self.vocab_size, self.eos_ids)
         self.inbox: deque[Request | Abort] = deque()
+        self.early: list[TokenEvent] = []  # of requests that ended before the scheduler saw them
         self.in_flight: InFlight | None = None
         self.open: set[str] = set()  # ids whose last event has not been returned
         self.seeds = random.Random(config.seed)
@@ -53,31 +57,79 @@ class Engine:
         seed = self.seeds.getrandbits(63)
         request = Request.of(message, eos_ids=self.eos_ids, seed=seed, max_model_len=self.max_model_len)
         self.open.add(request.id)
-        self.inbox.append(request)
+        if request.params.grammar is None:
+            self.inbox.append(request)
+        else:
+            self.grammars.add(request)
 
     def abort(self, id: str) -> None:
         """End a request wherever it stands; its last event comes from a later step. Unknown ids are ignored."""
-        if id in self.open:
+        if request := self.grammars.withdraw(id):
+            self.early.append(event(request, [], [], "abort"))
+        elif id in self.open:
             self.inbox.append(Abort([id]))
 
     def step(self) -> list[TokenEvent]:
         """Launch the next step, then return what the one before it brought, which the device finished meanwhile."""
-        self.scheduler.admit(self.inbox)
+        self.admit()
         plan = self.scheduler.plan()  # who, how many tokens, which pages
-        launched = self.runner.launch(plan) if plan else None  # returns at once; token ids stay on the device
+        masked = plan is not None and self.grammars.constrains(plan.sampled)
+        launched = self.runner.launch(plan, masked) if plan else None  # returns at once; token ids stay on the device
         events = self.settle(self.in_flight)  # waits for the previous step only
+        if masked and launched:
+            events += self.sample_masked(launched)  # which needed the previous step's tokens: see grammars.py
         self.in_flight = launched
         return events
 
     def idle(self) -> bool:
         """There is nothing to do: prepare for what may come, some milliseconds' worth. False: all is prepared."""
-        return self.runner.prepare()
+        if self.runner.prepare():
+            return True
+        self.grammars.prepare()
+        return False
+
+    def admit(self) -> None:
+        """Empty the inbox, into which requests come whose grammars are compiled by now."""
+        if self.grammars.are_compiling:
+            if not (self.inbox or self.in_flight or self.scheduler.requests):
+                self.grammars.wait()
+            for request, error in self.grammars.ready():
+                if error:
+                    ended = event(request, [], [], "error")
+                    self.early.append(replace(ended, error=error, error_kind="request", error_param="grammar"))
+                else:
+                    self.inbox.append(request)
+        self.scheduler.admit(self.inbox)
 
     def settle(self, in_flight: InFlight | None) -> list[TokenEvent]:
         result = self.runner.wait(in_flight)
-        events = self.scheduler.settle(in_flight.plan if in_flight else None, result)
-        self.open.difference_update(event.id for event in events if event.finish_reason)
+        events = self.early + self.scheduler.settle(in_flight.plan if in_flight else None, result)
+        self.early = []
+        if in_flight and result and self.grammars.matchers:
+            failures = self.grammars.follow(in_flight.plan.sampled, result.tokens)
+            events += [self.fail(failure) for failure in failures]
+        self.close_ended(events)
         return events
+
+    def sample_masked(self, launched: InFlight) -> list[TokenEvent]:
+        """The rest of a launched step in which grammars have a say. Returns the last events of those that failed."""
+        masks = self.runner.sampler.masks_to_fill()
+        masked, failures = self.grammars.fill(launched.plan.sampled, masks)
+        self.runner.sample(launched, masked)
+        events = [self.fail(failure) for failure in failures]
+        self.close_ended(events)
+        return events
+
+    def fail(self, failure: Failure) -> TokenEvent:
+        """End a request over its grammar. Its token in flight will be dropped."""
+        request, message = failure
+        return replace(self.scheduler.end(request, "error"), error=message, error_kind="request", error_param="grammar")
+
+    def close_ended(self, events: list[TokenEvent]) -> None:
+        """Those that had their last event are no more."""
+        ended = [event.id for event in events if event.finish_reason]
+        self.open.difference_update(ended)
+        self.grammars.forget(ended)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached page, so that the next prompts start cold."""
@@ -107,6 +159,8 @@ class Engine:
         """Give the device's memory back. The engine cannot be used after."""
         if self.in_flight:
             self.runner.wait(self.in_flight)
+        self.grammars.close()
+        self.runner.release()
         del self.runner, self.in_flight
         if self.config.device == "cuda":
             torch.cuda.empty_cache()
@@ -129,3 +183,5 @@ class Engine:
                 code="context_length_exceeded",
             )
         message.params.check(vocab_size=self.vocab_size, max_logprobs=self.config.max_logprobs)
+        if message.params.grammar is not None:
+            self.grammars.check()

@@ -52,6 +52,7 @@ class Request:
         """`seed` serves a request that brings none."""
         params = message.params
         num_prompt = len(message.prompt_token_ids)
+        ends = not params.ignore_eos or params.grammar is not None
         max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
         return cls(
             id=message.id,
@@ -60,13 +61,14 @@ class Request:
             params=params,
             salt=message.cache_salt,
             seed=seed if params.seed is None else params.seed,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
+            stop_ids=frozenset(params.stop_token_ids) | (eos_ids if ends else frozenset()),
             limit=min(num_prompt + max_tokens, max_model_len),
             plain=(
                 (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
                 and not params.logit_bias
                 and params.min_tokens == 0
                 and params.logprobs is None
+                and params.grammar is None
             ),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )

@@ -2,6 +2,7 @@
 
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nanodeploy.models.model import LanguageModel
-from nanodeploy.ops.layouts import KVCache
+from nanodeploy.ops.layouts import Cache
 from nanodeploy.runtime.graphs import Graphs
 from nanodeploy.runtime.request import Request
 from nanodeploy.runtime.sampler import Sampler, Scores, download, score, upload
 from nanodeploy.runtime.scheduler import Chunk, StepPlan, StepResult
-from nanodeploy.runtime.step import Form, StepInputs
+from nanodeploy.runtime.step import Fields, Form, StepInputs
 from nanodeploy.sampling import SamplingParams
 from nanodeploy.wire import GenerateRequest
 
@@ -27,10 +28,12 @@ class InFlight:
     """A launched step, and what of it is on the way to the host."""
 
     plan: StepPlan
-    tokens: Tensor | None  # [len(plan.sampled)] int64; None if nothing was sampled
-    scores: Scores | None  # of the sampled tokens whose requests want log-probabilities
+    logits: Tensor | None  # [len(plan.sampled), V], until tokens are sampled from them; None if none are to be
+    fields: Fields[Tensor]
     prompt_scores: list[tuple[Chunk, Scores]]
     done: torch.cuda.Event | None  # recorded after all that; None on a CPU, where everything is done already
+    tokens: Tensor | None = None  # [len(plan.sampled)] int64; None if nothing was sampled
+    scores: Scores | None = None  # of the sampled tokens whose requests want log-probabilities
 
 
 class Runner:
@@ -49,7 +52,7 @@ class Runner:
         self.model = model
         self.device = device
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.caches: list[KVCache] = []
+        self.caches: list[Cache] = []
         self.graphs: Graphs | None = None
         self.sizes: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
@@ -63,28 +66,36 @@ class Runner:
         self.sampler = Sampler(max_num_seqs, model.vocab_size, device)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step. Returns as soon as its work is queued; the tokens it needs from earlier steps may be unborn."""
+    def launch(self, plan: StepPlan, masked: bool = False) -> InFlight:
+        """Start a step. Returns as soon as its work is queued; the tokens it needs from earlier steps may be unborn.
+
+        `masked`: the sampling waits for masks; `sample` is to follow, before the next step.
+        """
         self.sampler.place(plan.placed)
         graphs = self.graphs
         form, fields = self.inputs.load(plan, graphs.padded) if graphs else self.inputs.load(plan)
         hidden = graphs.run(form) if graphs and graphs.covers(form) else self.forward(form)
         num_sampled = len(plan.sampled)
-        tokens, scores = None, None
-        if num_sampled:
-            logits = self.model.logits(hidden[:num_sampled])
-            tokens, scores = self.sampler.sample(plan.sampled, logits, fields)
-        prompt_scores = self.score_prompts(plan, hidden[num_sampled:])
         in_flight = InFlight(
             plan,
-            None if tokens is None else download(tokens),
-            scores and scores.to_host(),
-            [(chunk, scores.to_host()) for chunk, scores in prompt_scores],
+            self.model.logits(hidden[:num_sampled]) if num_sampled else None,
+            fields,
+            self.score_prompts(plan, hidden[num_sampled:]),
             torch.cuda.Event() if self.device.type == "cuda" else None,
         )
+        if not masked:
+            self.sample(in_flight)
+        return in_flight
+
+    @torch.inference_mode()
+    def sample(self, in_flight: InFlight, masked: Sequence[int] = ()) -> None:
+        """The rest of a launch, queued behind it. `masked` as in Sampler.sample."""
+        if in_flight.logits is not None:
+            sampled = in_flight.plan.sampled
+            tokens, scores = self.sampler.sample(sampled, in_flight.logits, in_flight.fields, masked)
+            in_flight.tokens, in_flight.scores, in_flight.logits = download(tokens), scores and scores.to_host(), None
         if in_flight.done:
             in_flight.done.record()
-        return in_flight
 
     def wait(self, in_flight: InFlight | None) -> StepResult | None:
         """What a launched step brought. Waits for this step alone, not for those launched after it."""
@@ -118,10 +129,17 @@ class Runner:
         num_decodes = self.max_num_seqs - 1
         self.warm_up_step(num_decodes, [min(max_chunk, self.max_num_batched_tokens - num_decodes)])
         self.warm_up_step(min(2, num_decodes), [min(3, max_chunk)])  # sizes that no power of two divides
+        self.warm_up_masks()
         return torch.cuda.max_memory_reserved() + self.sampler.penalty_state_bytes
 
     def warm_up_step(self, num_decodes: int, chunk_lens: list[int]) -> None:
         self.wait(self.launch(self.made_up(num_decodes, chunk_lens)))
+
+    def warm_up_masks(self) -> None:
+        in_flight = self.launch(self.made_up(0, [1]), masked=True)
+        self.sampler.masks_to_fill()[0] = -1  # all tokens are allowed
+        self.sample(in_flight, [0])
+        self.wait(in_flight)
 
     def made_up(self, num_decodes: int, chunk_lens: list[int]) -> StepPlan:
         """A step of sequences of nobody, all in page 0."""
@@ -174,10 +192,19 @@ class Runner:
             torch.cuda.synchronize()
             self.graphs.forget()
 
+    def release(self) -> None:
+        """Let go of what the device holds, now: the graphs know the runner, so it would wait for the garbage collector,
+        and an engine started meanwhile would take the memory for its own step's."""
+        self.graphs = None
+        self.caches.clear()
+
     def launch_bound_tokens(self) -> int:
         """Up to how many tokens a mixed step takes the host about as long to launch as the device to run: measured."""
-        num_tokens = self.max_num_batched_tokens  # many, or launching is all that the device's time would show
-        form, _ = self.inputs.load(self.made_up(0, [num_tokens]))
+        # Many tokens, or launching is all that the device's time would show; chunks no longer than a context may be.
+        chunk = min(self.max_num_batched_tokens, self.sizes["max_pages"] * self.sizes["page_size"])
+        chunks = [chunk] * min(self.max_num_seqs, self.max_num_batched_tokens // chunk)
+        num_tokens = sum(chunks)
+        form, _ = self.inputs.load(self.made_up(0, chunks))
         times = [0.0, 1.0]
         for _ in range(2):  # the first may compile
             torch.cuda.synchronize()
@@ -212,7 +239,8 @@ class Runner:
                 first += len(chunk.scored)
                 following = np.array(chunk.request.tokens[chunk.scored.start + 1 : chunk.scored.stop + 1])
                 num_top = chunk.request.params.prompt_logprobs or 0
-                results.append((chunk, self.score_prompt(rows, upload(following, self.device), num_top)))
+                scores = self.score_prompt(rows, upload(following, self.device), num_top)
+                results.append((chunk, scores.to_host()))
         return results
 
     def score_prompt(self, hidden: Tensor, following: Tensor, num_top: int) -> Scores:

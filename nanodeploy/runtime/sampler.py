@@ -1,11 +1,12 @@
-"""From logits to tokens, on the device: penalties, logit_bias, min_tokens, then ops.sample; and log-probabilities.
+"""From logits to tokens, on the device: penalties, logit_bias, min_tokens, grammars' masks, then ops.sample; and
+log-probabilities.
 
 The plain case is ops.sample and one scatter; everything else costs only where it is asked for. The host does not know
 the newest tokens here, so what depends on them is counted on the device, per state row.
 Axes: S sampled sequences, R state rows, V vocabulary, n some of the sequences, k likeliest tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ class Sampler:
         self.in_prompt: Tensor | None = None  # [R, V] bool
         self.bias: dict[int, tuple[Tensor, Tensor]] = {}  # state row -> token ids, what to add to their logits
         self.stops: dict[int, Tensor] = {}  # state row -> token ids that may not come before min_tokens
+        self.masks: Masks | None = None  # from the first grammar on
 
     @property
     def penalty_state_bytes(self) -> int:
@@ -59,15 +61,30 @@ class Sampler:
                 self.in_prompt[row].zero_().index_fill_(0, prompt, True)
                 self.num_outputs[row].zero_().index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
 
-    def sample(self, requests: list[Request], logits: Tensor, fields: Fields[Tensor]) -> tuple[Tensor, "Scores | None"]:
+    def masks_to_fill(self) -> np.ndarray:
+        """[R, ceil(V / 32)] int32, as ops.mask_logits takes them. The step that read them last must be over."""
+        if self.masks is None:
+            self.masks = Masks(self.num_rows, -(-self.vocab_size // 32), self.device)
+        return self.masks.host.numpy()
+
+    def sample(
+        self, requests: list[Request], logits: Tensor, fields: Fields[Tensor], masked: Sequence[int] = ()
+    ) -> tuple[Tensor, "Scores | None"]:
         """logits [S, V] of `requests` -> their tokens [S] int64, which are left in last_tokens too, and the scores of
         those that ask for log-probabilities, in their order. Nothing has to be waited for.
+
+        `masked` are indices into `requests`: row i of masks_to_fill() was filled for masked[i].
         """
         num_seqs = len(requests)
         special = [(index, request) for index, request in enumerate(requests) if not request.plain]
         penalised_ones = [index for index, request in special if penalised(request.params)]
         indices = upload(np.array(penalised_ones, np.int64), self.device) if penalised_ones else None
+        num_top = {index: r.params.logprobs for index, r in special if r.params.logprobs is not None}
         edited = self.edit(special, logits, indices, fields.rows)
+        if masked and self.masks is not None:
+            if edited is logits and num_top:
+                edited = logits.clone()  # the raw logits are needed for log-probabilities
+            ops.mask_logits(edited, self.masks.send(len(masked)), upload(np.array(masked, np.int64), self.device))
         tokens = ops.sample(
             edited,
             fields.temperature[:num_seqs],
@@ -80,7 +97,6 @@ class Sampler:
         self.last_tokens.index_copy_(0, fields.rows[:num_seqs], tokens)
         if indices is not None and self.num_outputs is not None:
             self.num_outputs[fields.rows[indices], tokens[indices]] += 1  # each row once
-        num_top = {index: r.params.logprobs for index, r in special if r.params.logprobs is not None}
         if not num_top:
             return tokens, None
         wanted = upload(np.fromiter(num_top, np.int64), self.device)
@@ -90,12 +106,14 @@ class Sampler:
         self, special: list[tuple[int, Request]], logits: Tensor, penalised_ones: Tensor | None, rows: Tensor
     ) -> Tensor:
         """The logits that the sampler sees: a copy in fp32 if any are to change, else `logits` themselves."""
+        special = [(index, request) for index, request in special if request.row >= 0]  # the others ended meanwhile
         biased = [(index, request.row) for index, request in special if request.params.logit_bias]
         # The token sampled now is number num_tokens, for it is counted as pending already.
         early = [
             (index, request.row)
             for index, request in special
             if request.num_tokens - request.num_prompt <= request.params.min_tokens
+            and request.params.grammar is None  # else its mask knows, for the grammar has the last word on the end
         ]
         if penalised_ones is None and not biased and not early:
             return logits
@@ -118,6 +136,25 @@ class Sampler:
         seen = self.in_prompt[rows] | (counts > 0)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         logits[indices] = x - frequency * counts - presence * (counts > 0)
+
+
+class Masks:
+    """Masks on their way to the device: pinned on the host, copied beside the forward pass that they wait behind."""
+
+    def __init__(self, num_rows: int, num_words: int, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self.host = torch.zeros(num_rows, num_words, dtype=torch.int32, pin_memory=on_gpu)
+        self.device = torch.zeros_like(self.host, device=device) if on_gpu else self.host
+        self.beside = torch.cuda.Stream(device) if on_gpu else None
+
+    def send(self, num_masks: int) -> Tensor:
+        """The first masks on the device, for what is launched from here on. Returns at once."""
+        masks = self.device[:num_masks]
+        if self.beside is not None:
+            with torch.cuda.stream(self.beside):
+                masks.copy_(self.host[:num_masks], non_blocking=True)
+            torch.cuda.current_stream().wait_stream(self.beside)
+        return masks
 
 
 @dataclass

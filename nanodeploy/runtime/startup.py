@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nanodeploy import catalog
 from nanodeploy.catalog import ModelFiles
 from nanodeploy.config import Config, use_compile_caches
 from nanodeploy.errors import ConfigError
+from nanodeploy.models import checkpoint
 from nanodeploy.models import registry as models
 from nanodeploy.ops import machine
 from nanodeploy.ops import registry as ops
@@ -31,6 +33,7 @@ class Started:
     num_pages: int
     max_model_len: int  # tokens
     eos_ids: frozenset[int]
+    tokenizer_json: Path | None  # None: the model takes token ids only
     info: dict[str, Any]
 
 
@@ -53,18 +56,19 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     """Raises ConfigError, CheckpointError."""
     use_compile_caches()
     files = catalog.locate(config.model, config.tokenizer)
-    skeleton = models.skeleton(files)
+    skeleton = models.skeleton(files, config.load_format, config.quantization)
     model_len, vocab_size, needs = skeleton.max_model_len, skeleton.vocab_size, skeleton.cache_needs()
     config, reasons = resolve(config, files, model_len)
     ops.use(config.kernel_overrides(), config.deterministic)
     device, dtype, page_size = torch.device(config.device), getattr(torch, config.dtype), config.kvcache_block_size
     device_key = machine.key() if device.type == "cuda" else "cpu"
     fast = device.type == "cuda" and not config.enforce_eager
-    say(f"{files.name}: {config.dtype} on {device_key}")
+    in_fp8 = any(getattr(module, "takes_fp8", False) for module in skeleton.modules())
+    say(f"{files.name}: {config.dtype} on {device_key}{', weights in FP8' if in_fp8 else ''}")
 
     kv_dtype = cache.kv_dtype(config)
     bytes_per_page = cache.page_bytes(needs, page_size, kv_dtype)
-    weights_bytes = sum(parameter.numel() * dtype.itemsize for parameter in skeleton.parameters())
+    weights_bytes = checkpoint.num_bytes(skeleton, dtype)
 
     def room(step_bytes: int) -> cache.Room:
         if device.type == "cuda":
@@ -75,7 +79,14 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     phase = Phases(say)
     try:
         with phase("loading weights"):
-            model = models.build(files, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed)
+            model = models.build(
+                files,
+                dtype=dtype,
+                device=device,
+                load_format=config.load_format,
+                seed=config.seed,
+                quantization=config.quantization,
+            )
         runner = Runner(
             model,
             max_num_seqs=config.max_num_seqs,
@@ -111,7 +122,7 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     if config.num_kvcache_blocks is None:
         reasons["num_kvcache_blocks"] = have.reason
     config = dataclasses.replace(config, max_model_len=max_model_len, num_kvcache_blocks=num_pages)
-    info = {
+    info: dict[str, Any] = {
         "config": config.to_dict(),
         "reasons": reasons,
         "device": device_key,
@@ -131,7 +142,8 @@ def start(config: Config, say: Callable[[str], None]) -> Started:
     for line in kernel_lines():
         say(line)
     eos_ids = frozenset(token for token in files.eos_token_ids if token < vocab_size)
-    return Started(config, runner, num_pages, max_model_len, eos_ids, info)
+    tokenizer_json = files.tokenizer_dir / "tokenizer.json" if files.tokenizer_dir else None
+    return Started(config, runner, num_pages, max_model_len, eos_ids, tokenizer_json, info)
 
 
 def resolve(config: Config, files: ModelFiles, model_len: int) -> tuple[Config, dict[str, str]]:
@@ -150,6 +162,11 @@ def resolve(config: Config, files: ModelFiles, model_len: int) -> tuple[Config, 
             "--device is cuda, but torch sees no GPU. Use --device cpu, or install a CUDA build of torch."
         )
 
+    if config.kv_cache_dtype == "fp8" and device == "cuda" and machine.capability() < 89:
+        raise ConfigError(
+            "--kv_cache_dtype fp8 wants a GPU that converts e4m3 (sm89 or later); "
+            f"this one is sm{machine.capability()}. Use --kv_cache_dtype auto."
+        )
     dtype = config.dtype
     if dtype == "auto":
         if device == "cpu":

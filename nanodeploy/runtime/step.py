@@ -105,10 +105,10 @@ class Buffers:
         for begin, end in spans:
             self.flat[begin:end].copy_(self.flats[self.turn][begin:end], non_blocking=True)
 
-    def batch(self, form: "Form", split_tokens: int) -> Batch:
+    def batch(self, form: "Form", split_tokens: int, num_context: int) -> Batch:
         """What lies on the device, as the model takes it."""
         device = self.device
-        counts = (form.num_decodes, form.num_chunks, int(form.shared))
+        counts = (form.num_decodes, form.num_chunks, int(form.shared), num_context)
         return Batch(
             tokens=device.tokens[: form.num_tokens],
             positions=device.positions[: form.num_tokens],
@@ -153,6 +153,7 @@ class StepInputs:
     ):
         """`split_tokens` not 0: attention sums in stretches of so many tokens, and prefixes are read one by one."""
         self.nobody = max_num_seqs  # the state row of padding
+        self.num_context = 0  # of the step loaded last: tokens of its chunks' contexts, all together
         self.page_size, self.split_tokens = page_size, split_tokens
         self.decode = Buffers(max_num_seqs, max_num_seqs, max_num_seqs, max_pages, device)
         self.mixed = Buffers(
@@ -172,7 +173,7 @@ class StepInputs:
 
     def batch(self, form: Form) -> Batch:
         """The fields of a step of this form where they lie on the device."""
-        return self.buffers(form).batch(form, self.split_tokens)
+        return self.buffers(form).batch(form, self.split_tokens, self.num_context)
 
     def load(self, plan: StepPlan, padded: Callable[[Form], Form] = lambda form: form) -> tuple[Form, Fields[Tensor]]:
         """Send a step to the device. Returns its form, and its fields for the sampler.
@@ -201,6 +202,7 @@ class StepInputs:
         host.decode_lens[:num_decodes] = positions + 1
         self.fill_table(host.decode_table, rows, host.decode_lens[:num_decodes])
         num_tokens, num_logit_rows = self.write_chunks(plan, host) if plan.chunks else (num_decodes, num_decodes)
+        self.num_context = int(host.chunk_lens[: len(plan.chunks)].sum())
         form = Form(num_tokens, num_decodes, len(plan.chunks), num_logit_rows, shared)
         larger = padded(form)
         self.write_padding(host, form, larger)
@@ -209,6 +211,7 @@ class StepInputs:
 
     def load_nothing(self, form: Form) -> None:
         """Send a step of padding alone."""
+        self.num_context = 0
         buffers = self.buffers(form)
         host = buffers.next_host()
         host.cu_q_lens[0] = 0

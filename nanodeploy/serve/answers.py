@@ -5,16 +5,37 @@ A whole answer is one chunk of everything, so the two cannot differ.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec import UNSET, Struct
 
 from nanodeploy.sampling import SamplingParams
-from nanodeploy.serve import openai
+from nanodeploy.serve import openai, parsers
+from nanodeploy.serve.parsers import Content, Event, Parser, Reasoning, ToolArguments, ToolStart
 from nanodeploy.serve.text import Delta, TextStream
 from nanodeploy.serve.tokenizer import Tokenizer
 from nanodeploy.wire import Logprobs, TokenEvent
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one request's answers are told apart into reasoning, content and tool calls; the parsers by name."""
+
+    tool_parser: str
+    reasoning_parser: str
+    tools: Sequence[Mapping[str, Any]]  # empty: nothing is taken for a call
+    prompt: str
+    parallel: bool
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Special tokens that the parsers read."""
+        return parsers.shown_tokens(self.tool_parser if self.tools else parsers.NONE, self.reasoning_parser)
+
+    def parser(self) -> Parser:
+        return parsers.make(self.tool_parser, self.reasoning_parser, self.tools, self.prompt, self.parallel)
 
 
 class Answer:
@@ -30,8 +51,11 @@ class Answer:
         params: SamplingParams,
         prompts: Sequence[list[int]],
         offsets: Sequence[int],
+        shown: frozenset[str] = frozenset(),
     ):
-        """`offsets` says per prompt where the answer's text begins, in characters: behind an echo."""
+        """`offsets` says per prompt where the answer's text begins, in characters: behind an echo. `shown` are special
+        tokens that are text.
+        """
         self.id = self.id_prefix + secrets.token_hex(12)
         self.created = int(time.time())
         self.model = model
@@ -41,7 +65,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._num_top = params.logprobs  # None: no log-probabilities asked for
         self._n = params.n
-        self._streams = [TextStream(tokenizer, params, offset) for offset in offsets for _ in range(params.n)]
+        self._streams = [TextStream(tokenizer, params, offset, shown) for offset in offsets for _ in range(params.n)]
         self._cached = [0] * len(prompts)
         self._whole = [Delta() for _ in self._streams]
         self._begun = [False] * len(self._streams)
@@ -66,6 +90,7 @@ class Answer:
         whole.logprobs += delta.logprobs
         whole.offsets += delta.offsets
         whole.finish_reason = delta.finish_reason
+        whole.events += delta.events
 
     def whole(self) -> Struct:
         """The reply to a request without stream."""
@@ -209,16 +234,29 @@ class ChatAnswer(Answer):
         tokenizer: Tokenizer | None,
         params: SamplingParams,
         prompt: list[int],
+        reading: Reading | None = None,
     ):
-        super().__init__(request, model, tokenizer, params, [prompt], [0])
+        """`reading` says how reasoning and tool calls are told from content; None: all is content."""
+        shown = reading.shown if reading else frozenset()
+        super().__init__(request, model, tokenizer, params, [prompt], [0], shown)
+        self._parsers = [reading.parser() for _ in range(params.n)] if reading else []
+        self._calls_tools = reading is not None and bool(reading.tools)
+
+    def feed(self, index: int, event: TokenEvent) -> Delta | None:
+        delta = super().feed(index, event)
+        if delta is not None and self._parsers:
+            delta.events = self._parsers[index].feed(delta.text)
+            if delta.finish_reason is not None:
+                delta.events += self._parsers[index].finish()
+        return delta
 
     def whole(self) -> openai.Chat:
         choices = [
             openai.ChatChoice(
                 index=index,
-                message=openai.Message("assistant", delta.text),
+                message=_message(delta.events) if self._parsers else openai.Message("assistant", delta.text),
                 logprobs=self._logprobs(delta),
-                finish_reason=delta.finish_reason,
+                finish_reason=self._finish_reason(index, delta),
                 token_ids=self._token_ids(delta.token_ids),
             )
             for index, delta in enumerate(self._whole)
@@ -233,14 +271,26 @@ class ChatAnswer(Answer):
             opening = self._chunk([_choice(index, openai.ChatDelta(role="assistant", content=""))])
             opening.prompt_token_ids = self._token_ids(self.prompts[0])
             events += openai.event(opening)
-        if delta.token_ids or delta.text:
-            content = _choice(index, openai.ChatDelta(content=delta.text))
-            content.logprobs = self._logprobs(delta)
-            content.token_ids = self._token_ids(delta.token_ids)
-            events += openai.event(self._chunk([content]))
+        told = [_told(event) for event in delta.events]
+        if not told and (delta.token_ids or delta.text):
+            if not self._parsers:
+                told = [openai.ChatDelta(content=delta.text)]
+            elif not self._calls_tools or self._num_top is not None or self.return_token_ids:
+                told = [openai.ChatDelta(content="")]  # the text is held back, its tokens are told
+        for i, part in enumerate(told):
+            choice = _choice(index, part)
+            if i == 0:
+                choice.logprobs = self._logprobs(delta)
+                choice.token_ids = self._token_ids(delta.token_ids)
+            events += openai.event(self._chunk([choice]))
         if delta.finish_reason is not None:
-            events += openai.event(self._chunk([_choice(index, openai.ChatDelta(), delta.finish_reason)]))
+            reason = self._finish_reason(index, delta)
+            events += openai.event(self._chunk([_choice(index, openai.ChatDelta(), reason)]))
         return events
+
+    def _finish_reason(self, index: int, delta: Delta) -> str | None:
+        called = delta.finish_reason == "stop" and self._parsers and self._parsers[index].num_calls
+        return "tool_calls" if called else delta.finish_reason
 
     def _usage_chunk(self) -> openai.ChatChunk:
         chunk = self._chunk([])
@@ -267,6 +317,38 @@ class ChatAnswer(Answer):
                 for position in delta.logprobs
             ]
         )
+
+
+def _told(event: Event) -> openai.ChatDelta:
+    """An event as a chunk tells it. The name of a call comes first, then its arguments piece by piece."""
+    match event:
+        case Content(text):
+            return openai.ChatDelta(content=text)
+        case Reasoning(text):
+            return openai.ChatDelta(reasoning_content=text)
+        case ToolStart(index, id, name):
+            call = openai.ToolCallDelta(index, openai.FunctionDelta("", name), id, "function")
+        case ToolArguments(index, delta):
+            call = openai.ToolCallDelta(index, openai.FunctionDelta(delta))
+    return openai.ChatDelta(tool_calls=[call])
+
+
+def _message(events: Sequence[Event]) -> openai.Message:
+    """A whole answer's events as its message."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+    calls: dict[int, openai.ToolCall] = {}
+    for event in events:
+        if isinstance(event, ToolStart):
+            calls[event.index] = openai.ToolCall(event.id, openai.FunctionCall(event.name, ""))
+        elif isinstance(event, ToolArguments):
+            calls[event.index].function.arguments += event.delta
+    message = openai.Message("assistant", content or (None if calls else ""))
+    if reasoning:
+        message.reasoning_content = reasoning
+    if calls:
+        message.tool_calls = list(calls.values())
+    return message
 
 
 def _choice(index: int, delta: openai.ChatDelta, finish_reason: str | None = None) -> openai.ChatChunkChoice:

@@ -19,12 +19,16 @@ from starlette.types import Receive, Scope, Send
 
 from nanodeploy.catalog import ModelFiles
 from nanodeploy.config import Config
-from nanodeploy.errors import EngineDeadError, NanoDeployError, QueueFullError, RequestError
+from nanodeploy.errors import ConfigError, EngineDeadError, NanoDeployError, QueueFullError, RequestError
 from nanodeploy.sampling import SamplingParams, model_defaults
 from nanodeploy.serve import metrics, openai
-from nanodeploy.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from nanodeploy.serve.chat import ChatTemplate
+from nanodeploy.serve.answers import Answer, ChatAnswer, CompletionAnswer, Reading
+from nanodeploy.serve.chat import ChatTemplate, Encoding
 from nanodeploy.serve.client import ClientGone, EngineClient, Generation
+from nanodeploy.serve.encodings import ENCODERS
+from nanodeploy.serve.grammar import Thinks, grammar_of, thinks_of
+from nanodeploy.serve.grammar_check import GrammarChecker
+from nanodeploy.serve.parsers import NONE, REASONING_PARSERS, TOOL_PARSERS, choose
 from nanodeploy.serve.text import Delta
 from nanodeploy.serve.tokenizer import Tokenizer
 from nanodeploy.wire import TokenEvent
@@ -34,6 +38,7 @@ MAX_ALL_BODIES_BYTES = 256 << 20  # of all requests that are being read at once
 BODY_TIMEOUT_S = 60.0
 REFUSED_BODY_S = 2.0  # how long a body too large is read and thrown away, so that the client hears why
 KEEP_ALIVE_S = 15.0
+MAX_GRAMMARS_AT_ONCE = 32  # that are tried, or wait for it
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -84,10 +89,20 @@ class Server:
         self.created = int(time.time())
         self.tokenizer = Tokenizer(files.tokenizer_dir) if files.tokenizer_dir is not None else None
         source = self.tokenizer.chat_template if self.tokenizer else None
-        self.template = ChatTemplate(source, self.tokenizer.special_tokens) if self.tokenizer and source else None
+        self.template: ChatTemplate | Encoding | None = None
+        model_type = files.config.get("model_type")
+        if self.tokenizer and source:
+            self.template = ChatTemplate(source, self.tokenizer.special_tokens)
+        elif self.tokenizer and model_type in ENCODERS:
+            self.template = Encoding(ENCODERS[model_type])
+        self.parsers = choose(model_type, source, config.tool_call_parser, config.reasoning_parser)
+        self.files = files
+        self.grammar_checker: GrammarChecker | None = None  # from the first grammar on
+        self.num_grammars = 0  # being tried
         self.defaults = model_defaults(files.generation_config)  # of requests that do not say
         self.bodies_bytes = 0
         self._threads = ThreadPoolExecutor(2, "text")
+        self._grammar_threads = ThreadPoolExecutor(4, "grammar")  # each waits for a process
         self._warned: set[str] = set()
 
     def app(self) -> Starlette:
@@ -113,6 +128,11 @@ class Server:
         app.router.redirect_slashes = False
         return app
 
+    def close(self) -> None:
+        """End the processes that try grammars."""
+        if self.grammar_checker is not None:
+            self.grammar_checker.close()
+
     # -- about the server
 
     async def health(self, request: Request) -> Response:
@@ -137,6 +157,8 @@ class Server:
             "state": self.client.state,
             "config": self.config.to_dict(),
             "sampling_defaults": self.defaults,
+            "tool_call_parser": self.parsers[0],
+            "reasoning_parser": self.parsers[1],
             "engine": None if ready is None else ready.info,
         }
         return _json(body)
@@ -181,6 +203,7 @@ class Server:
             prompt_logprobs = body.logprobs if body.echo else None
             params = replace(params, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
         self._check_params(params, len(prompts))
+        params = replace(params, grammar=await self._grammar(body))
         texts = [p if isinstance(p, str) else self._decode(p) if body.echo else "" for p in prompts]
         answer = CompletionAnswer(body, self.config.public_name, self.tokenizer, params, token_ids, texts, echo_only)
         return await self._answer(request, body, answer, token_ids, params, arrived)
@@ -191,14 +214,22 @@ class Server:
         self._check_chat(body)
         self.client.ready()
         tools = None if body.tool_choice == "none" else body.tools
-        token_ids = await self._in_thread(self._encode_chat, body, tools)
+        prompt, token_ids = await self._in_thread(self._encode_chat, body, tools)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self._check_prompt(token_ids, max_tokens, "messages")
         params = openai.sampling_params(body, self.defaults, max_tokens)
         if body.logprobs:
             params = replace(params, logprobs=body.top_logprobs or 0)
         self._check_params(params, 1)
-        answer = ChatAnswer(body, self.config.public_name, self.tokenizer, params, token_ids)
+        tool_parser, reasoning_parser = self.parsers
+        parallel = body.parallel_tool_calls is not False
+        thinks = thinks_of(REASONING_PARSERS[reasoning_parser], prompt)
+        calls = {"tool_format": TOOL_PARSERS[tool_parser], "tools": tools, "tool_choice": body.tool_choice}
+        params = replace(params, grammar=await self._grammar(body, thinks, **calls, parallel=parallel))
+        reading = None
+        if reasoning_parser != NONE or (tools and tool_parser != NONE):
+            reading = Reading(tool_parser, reasoning_parser, tools or [], prompt, parallel)
+        answer = ChatAnswer(body, self.config.public_name, self.tokenizer, params, token_ids, reading)
         return await self._answer(request, body, answer, [token_ids], params, arrived)
 
     def _check_chat(self, body: openai.ChatRequest) -> None:
@@ -207,12 +238,7 @@ class Server:
             raise RequestError(f"This model has no {missing}; use /v1/completions.", param="messages")
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
-        if body.tool_choice not in (None, "none", "auto"):
-            raise RequestError("tool_choice other than none or auto is not supported yet.", param="tool_choice")
-        form = (body.response_format or {}).get("type", "text")
-        if form != "text":
-            message = f"response_format {str(form)[:40]!r} is not supported yet; only text is."
-            raise RequestError(message, param="response_format")
+        openai.check_tools(body.tools)
 
     async def _answer(
         self,
@@ -258,10 +284,43 @@ class Server:
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False) if self.tokenizer else ""
 
-    def _encode_chat(self, body: openai.ChatRequest, tools: Sequence[dict[str, Any]] | None) -> list[int]:
-        assert self.template is not None
-        text = self.template.render(body.messages, tools, body.chat_template_kwargs)
-        return self._encode(text, add_special_tokens=bool(body.add_special_tokens))  # templates write their own
+    def _encode_chat(self, body: openai.ChatRequest, tools: Sequence[dict[str, Any]] | None) -> tuple[str, list[int]]:
+        """The prompt, and its tokens."""
+        asked = body.messages, tools, body.chat_template_kwargs
+        if isinstance(self.template, Encoding):
+            text = self.template.render(*asked, response_format=openai.schema_of(body.response_format))
+        else:
+            assert self.template is not None
+            text = self.template.render(*asked)
+        return text, self._encode(text, add_special_tokens=bool(body.add_special_tokens))  # templates write their own
+
+    async def _grammar(self, body: openai.SamplingFields, thinks: Thinks = Thinks.NEVER, **calls: Any) -> str | None:
+        """The grammar that the answer must follow, tried in a process of its own. `calls` as in grammar_of.
+
+        Raises RequestError, QueueFullError.
+        """
+        form: dict[str, Any] = {"response_format": body.response_format, "structured": openai.structured(body)}
+        if not any((*form.values(), calls.get("tools"), calls.get("tool_choice"))):
+            return None
+        markers = self.tokenizer.markers if self.tokenizer else {}
+        grammar = await self._in_thread(functools.partial(grammar_of, markers, thinks, **form, **calls))
+        if grammar is None:
+            return None
+        if self.files.tokenizer_dir is None:
+            raise RequestError("This model has no tokenizer, which structured output needs.", param=grammar.param)
+        if self.grammar_checker is None:
+            path, vocab_size = self.files.tokenizer_dir / "tokenizer.json", self.client.ready().vocab_size
+            self.grammar_checker = GrammarChecker(path, vocab_size, self.files.eos_token_ids)
+        if self.num_grammars >= MAX_GRAMMARS_AT_ONCE:
+            raise QueueFullError("Too many grammars are being compiled. Try again soon.")
+        self.num_grammars += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._grammar_threads, self.grammar_checker.check, grammar)
+        except ConfigError as error:  # of the model rather than of a flag, and of this request alone
+            raise RequestError(str(error), param=grammar.param) from error
+        finally:
+            self.num_grammars -= 1
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Text of any length, without stopping the loop that serves everybody's tokens."""

@@ -6,6 +6,7 @@ from a request.
 """
 
 import datetime
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -18,11 +19,42 @@ import jinja2.parser
 import jinja2.sandbox
 
 from nanodeploy.errors import CheckpointError, RequestError
+from nanodeploy.serve.encodings import Encoder
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Variables that the server sets; a request's chat_template_kwargs may not.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"})
 MAX_KWARG_CHARS = 1000
+
+
+class Encoding:
+    """The prompt of a model that has no template, behind the same door. `variables` as of a ChatTemplate."""
+
+    def __init__(self, encoder: Encoder):
+        self._encoder = encoder
+        self._takes_effort = "effort" in inspect.signature(encoder.encode).parameters
+        self.variables = frozenset(("thinking", "enable_thinking", *(("effort",) if self._takes_effort else ())))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        response_format: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt. `response_format` is the schema of the answer. Raises RequestError."""
+        given = _checked(kwargs or {}, self.variables)
+        thinking = given.get("thinking", given.get("enable_thinking", self._encoder.THINKS))
+        effort = {"effort": given.get("effort")} if self._takes_effort else {}
+        return self._encoder.encode(
+            _plain(messages, knows_developer=False),
+            tools or None,
+            thinking=bool(thinking),
+            response_format=response_format,
+            add_generation_prompt=add_generation_prompt,
+            **effort,
+        )
 
 
 class ChatTemplate:
@@ -53,13 +85,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
     ) -> str:
         """The prompt. Raises RequestError on messages or kwargs that are malformed or that the template refuses."""
-        plain = [self._plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        if not plain:
-            raise RequestError("messages is empty; wanted at least one message.", param="messages")
+        plain = _plain(messages, self._knows_developer)
+        given = _checked(kwargs or {}, self.variables)
         try:
             return self._template.render(
                 **self._special_tokens,
-                **self._checked(kwargs or {}),
+                **given,
                 messages=plain,
                 tools=list(tools) if tools else None,
                 documents=None,
@@ -77,33 +108,42 @@ class ChatTemplate:
             message = f"The model's chat template refused these messages: {error}"
             raise RequestError(message, param="messages") from error
 
-    def _plain(self, message: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """One OpenAI message as templates expect it: content is a string, arguments of tool calls are objects."""
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where} is a {type(message).__name__}; wanted an object.", param=where)
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(f"{where}.role is {role!r}; wanted one of {', '.join(ROLES)}.", param=f"{where}.role")
-        if role == "developer" and not self._knows_developer:
-            role = "system"
-        calls = message.get("tool_calls")
-        content = _text(message.get("content"), f"{where}.content", may_be_absent=role == "assistant")
-        plain = {key: value for key, value in message.items() if value is not None}
-        plain |= {"role": role, "content": content}
-        if calls is not None:
-            plain["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-        return plain
 
-    def _checked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        for name, value in kwargs.items():
-            if name not in self.variables:
-                there = ", ".join(sorted(self.variables)) or "none"
-                message = f"chat_template_kwargs.{name} is not a variable of this model's template; it has: {there}."
-                raise RequestError(message[:MAX_KWARG_CHARS], param="chat_template_kwargs")
-            if not isinstance(value, bool | int | float | str | None) or len(str(value)) > MAX_KWARG_CHARS:
-                message = f"chat_template_kwargs.{name}: wanted a short string, a number, true, false or null."
-                raise RequestError(message, param="chat_template_kwargs")
-        return dict(kwargs)
+def _plain(messages: Sequence[Mapping[str, Any]], knows_developer: bool) -> list[dict[str, Any]]:
+    """OpenAI's messages as templates expect them: content is a string, arguments of tool calls are objects."""
+    if not messages:
+        raise RequestError("messages is empty; wanted at least one message.", param="messages")
+    return [_plain_message(message, f"messages[{i}]", knows_developer) for i, message in enumerate(messages)]
+
+
+def _plain_message(message: Mapping[str, Any], where: str, knows_developer: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} is a {type(message).__name__}; wanted an object.", param=where)
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role is {role!r}; wanted one of {', '.join(ROLES)}.", param=f"{where}.role")
+    if role == "developer" and not knows_developer:
+        role = "system"
+    calls = message.get("tool_calls")
+    content = _text(message.get("content"), f"{where}.content", may_be_absent=role == "assistant")
+    plain = {key: value for key, value in message.items() if value is not None}
+    plain |= {"role": role, "content": content}
+    if calls is not None:
+        plain["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    return plain
+
+
+def _checked(kwargs: Mapping[str, Any], variables: frozenset[str]) -> dict[str, Any]:
+    """A request's chat_template_kwargs."""
+    for name, value in kwargs.items():
+        if name not in variables:
+            there = ", ".join(sorted(variables)) or "none"
+            message = f"chat_template_kwargs.{name} is not a variable of this model's template; it has: {there}."
+            raise RequestError(message[:MAX_KWARG_CHARS], param="chat_template_kwargs")
+        if not isinstance(value, bool | int | float | str | None) or len(str(value)) > MAX_KWARG_CHARS:
+            message = f"chat_template_kwargs.{name}: wanted a short string, a number, true, false or null."
+            raise RequestError(message, param="chat_template_kwargs")
+    return dict(kwargs)
 
 
 def _text(content: Any, where: str, may_be_absent: bool) -> str:

@@ -11,6 +11,8 @@ from nanodeploy.sampling import SamplingParams
 
 MAX_SEQUENCES = 1024  # prompts x n of one request
 MAX_SALT_CHARS = 256
+MAX_TOOLS = 128
+TOOL_NAME = re.compile(r"[\w.:-]{1,128}")
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 
 # A bound that msgspec checks: Python would take integers of any length, and fail on printing them.
@@ -50,6 +52,13 @@ class SamplingFields(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    # what the answer must look like, in OpenAI's words, in vLLM's, and in vLLM's of old
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -65,7 +74,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     top_logprobs: Int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -82,11 +91,6 @@ UNSUPPORTED = frozenset(
         "bad_words",
         "allowed_token_ids",
         "logits_processors",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
         "functions",
         "function_call",
         "audio",
@@ -106,7 +110,6 @@ HARMLESS = frozenset(
         "metadata",
         "store",
         "service_tier",
-        "parallel_tool_calls",
         "reasoning_effort",
         "prompt_cache_key",
         "safety_identifier",
@@ -171,6 +174,44 @@ def check_common(request: SamplingFields) -> None:
     salt = request.cache_salt
     if salt is not None and not (0 < len(salt) <= MAX_SALT_CHARS and salt.isascii() and salt.isprintable()):
         raise RequestError(f"cache_salt: wanted 1 to {MAX_SALT_CHARS} printable ASCII characters.", param="cache_salt")
+
+
+def check_tools(tools: list[dict[str, Any]] | None) -> None:
+    """What the types do not say of tools. Raises RequestError."""
+    names: set[str] = set()
+    for i, tool in enumerate(tools or ()):
+        where, function = f"tools[{i}]", tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise RequestError(f"{where}: wanted {{'type': 'function', 'function': {{...}}}}.", param=where)
+        name = function.get("name")
+        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+            message = f"{where}.function.name is {str(name)[:80]!r}; wanted 1 to 128 letters, digits or _.:-"
+            raise RequestError(message, param=f"{where}.function.name")
+        if name in names:
+            raise RequestError(f"{where}: there is a tool {name!r} already.", param=f"{where}.function.name")
+        names.add(name)
+        if not isinstance(function.get("parameters"), dict | None):
+            message = f"{where}.function.parameters: wanted a JSON Schema, as an object."
+            raise RequestError(message, param=f"{where}.function.parameters")
+    if len(names) > MAX_TOOLS:
+        raise RequestError(f"{len(names)} tools; at most {MAX_TOOLS} fit one request.", param="tools")
+
+
+def schema_of(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON Schema that a response_format has, if it has one."""
+    described = (response_format or {}).get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    return schema if isinstance(schema, dict) else None
+
+
+def structured(request: SamplingFields) -> dict[str, Any]:
+    """What `structured_outputs` asks for, or the guided_* of old."""
+    given = dict(request.structured_outputs or {})
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{name}")
+        if value not in (None, "", []):
+            given.setdefault(name, value)
+    return given
 
 
 def prompts_of(request: CompletionRequest) -> list[str | Tokens]:
@@ -251,10 +292,23 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class FunctionCall(Struct):
+    name: str
+    arguments: str  # JSON, as text
+
+
+class ToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class Message(Struct):
     role: str
-    content: str
+    content: str | None  # null beside tool calls
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -275,9 +329,25 @@ class Chat(Struct):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class FunctionDelta(Struct):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    """A piece of the call number `index`: first id, type and name, then arguments only."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class ChatDelta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):

@@ -66,8 +66,10 @@ class _Life:
         self.client = EngineClient(self.config, self.process, latencies)
         self.client.on_progress = self.say_phase
         self.say_phase(self.client.phase)
-        try:
-            self.server = Server(self.config, self.files, self.client, latencies)
+        with (
+            contextlib.closing(self.client),
+            contextlib.closing(Server(self.config, self.files, self.client, latencies)) as self.server,
+        ):
             self.http = _Uvicorn(
                 uvicorn.Config(
                     self.server.app(),
@@ -92,8 +94,6 @@ class _Life:
             code = await self.leave()
             await serving
             return code
-        finally:
-            self.client.close()
 
     def on_signal(self, number: int) -> None:
         """The first asks to drain, the second ends it at once."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nanodeploy.sampling import SamplingParams
+from nanodeploy.serve.parsers import Event
 from nanodeploy.serve.stops import StopMatcher
 from nanodeploy.serve.tokenizer import Tokenizer
 from nanodeploy.wire import Logprobs, TokenEvent
@@ -18,14 +19,25 @@ class Delta:
     logprobs: list[Logprobs] = field(default_factory=list)  # beside token_ids, if asked for
     offsets: list[int] = field(default_factory=list)  # beside logprobs: where each token's text begins, in characters
     finish_reason: str | None = None
+    events: list[Event] = field(default_factory=list)  # what a parser made of the text, if there is one
 
 
 class TextStream:
     """Feeds on the events of one sequence. The deltas add up to the same answer however the events were cut."""
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, offset: int = 0):
-        """Without a tokenizer all text is empty. `offset` is where the text begins (behind an echoed prompt)."""
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        offset: int = 0,
+        shown: frozenset[str] = frozenset(),
+    ):
+        """Without a tokenizer all text is empty. `offset` is where the text begins (behind an echoed prompt).
+
+        `shown` are special tokens that are text even if special tokens are skipped.
+        """
+        skip = params.skip_special_tokens
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip, shown=shown) if tokenizer else None
         self._stops = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
         self._offset = offset

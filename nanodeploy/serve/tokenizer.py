@@ -10,6 +10,7 @@ import tokenizers
 
 from nanodeploy.catalog import read_json
 from nanodeploy.errors import CheckpointError
+from nanodeploy.serve.lark import special_tokens
 
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 MAX_HELD_TOKENS = 16  # a generic decoder that stays undecided for longer is not in the middle of a character
@@ -53,7 +54,8 @@ class Tokenizer:
         self.special_tokens = _special_tokens(self.config)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._special = {id: token.content for id, token in added.items() if token.special}
+        self.markers = special_tokens(source)  # of grammars
         self._token_bytes: dict[int, bytes] = {}
         self._byte_level = (source.get("decoder") or {}).get("type") == "ByteLevel"
 
@@ -65,8 +67,9 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.feed, token_ids), detokenizer.flush()])
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+    def detokenizer(self, *, skip_special_tokens: bool = True, shown: frozenset[str] = frozenset()) -> Detokenizer:
+        """`shown` are special tokens that are not skipped."""
+        skipped = frozenset(id for id, text in self._special.items() if skip_special_tokens and text not in shown)
         return _ByteLevelDetokenizer(self, skipped) if self._byte_level else _GenericDetokenizer(self, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:

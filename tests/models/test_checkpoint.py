@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_qwen3 import build, hf_model, save
+from tiny_models import build, change_config, hf_model, save
 from torch import nn
 
 from nanodeploy import catalog
 from nanodeploy.errors import CheckpointError, ConfigError
 from nanodeploy.models import checkpoint, qwen3, registry
+from nanodeploy.models.layers.experts import Router, Routing
 from nanodeploy.models.layers.linear import Linear
 
 INDEX = "model.safetensors.index.json"
@@ -212,10 +213,20 @@ def test_the_caller_hears_what_is_going_on(copy):
     assert heard == ["loading weights", "drawing random weights"]
 
 
-def test_quantised_checkpoints_are_refused(copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ConfigError, match="quantised"):
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq'"),
+        ({"quant_method": "fp8"}, "weight_block_size is None"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size is \[64, 128\]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt is 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "is 'static'"),
+        ("fp8", "quantization_config is 'fp8'"),
+    ],
+)
+def test_other_quantisations_are_refused(copy, given, complaint):
+    change_config(copy, quantization_config=given)
+    with pytest.raises(ConfigError, match=complaint):
         build(copy)
 
 
@@ -254,12 +265,12 @@ def test_windows_that_are_switched_off_are_no_obstacle():
     assert qwen3.Shape.from_hf({**config, "use_sliding_window": True, "max_window_layers": 36}) == shape
 
 
-@pytest.mark.parametrize("name", [name for name in catalog.available() if "random" in name])
+@pytest.mark.parametrize("name", [name for name in catalog.available() if "random-qwen3" in name])
 def test_shipped_shapes_have_the_size_their_name_says(name):
     model = registry.skeleton(catalog.locate(name))
     assert all(p.is_meta for p in model.parameters())
     billions = sum(p.numel() for p in model.parameters()) / 1e9
-    said = float(name.rpartition("-")[2].removesuffix("b"))
+    said = float(name.removeprefix("demo:random-qwen3-").partition("b")[0])
     assert said * 0.95 < billions < said * 1.11
 
 
@@ -269,3 +280,111 @@ def test_a_declaration_without_a_parameter_is_our_own_bug():
     module.checkpoint = {"qvk.weight": checkpoint.Stack("q.weight", "k.weight")}
     with pytest.raises(AssertionError, match=r"qvk\.weight"):
         checkpoint.destinations(module)
+
+
+@pytest.fixture(scope="module")
+def saved_moe(tmp_path_factory):
+    return save(hf_model(family="qwen3_moe", mlp_only_layers=[0]), tmp_path_factory.mktemp("moe"), torch.bfloat16)
+
+
+def test_every_expert_reaches_its_place(saved_moe):
+    state, tensors = dict(build(saved_moe).named_parameters()), load_file(saved_moe / "model.safetensors")
+    assert not any("layers.0.mlp.experts" in name for name in tensors)
+    for layer in (1, 2):
+        mlp = f"model.layers.{layer}.mlp"
+        gate_up, down = state[f"{mlp}.experts.gate_up"], state[f"{mlp}.experts.down"]
+        assert gate_up.shape == (16, 48, 48) and down.shape == (16, 48, 24)
+        for expert in range(16):
+            parts = [tensors[f"{mlp}.experts.{expert}.{part}_proj.weight"].float() for part in ("gate", "up", "down")]
+            assert torch.equal(gate_up[expert], torch.cat(parts[:2])) and torch.equal(down[expert], parts[2])
+    assert sum(p.numel() for p in state.values()) == sum(t.numel() for t in tensors.values())
+
+
+def test_an_expert_too_many_or_too_few(saved_moe, tmp_path):
+    directory = shutil.copytree(saved_moe, tmp_path / "model")
+    change_config(directory, num_local_experts=17)
+    with pytest.raises(CheckpointError, match=r"missing: .*layers.1.mlp.experts.16.gate_proj.weight"):
+        build(directory)
+    change_config(directory, num_local_experts=15)
+    with pytest.raises(CheckpointError, match=r"unknown: .*layers.1.mlp.experts.15.down_proj.weight"):
+        build(directory)
+
+
+class Weights(nn.Module):
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.a = Linear(300, 130)
+        self.b = Linear(64, 64)
+        if dtype:
+            self.a.weight.data = self.a.weight.data.to(dtype)
+
+
+def scaled(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(130, 300, generator=generator).to(torch.float8_e4m3fn), torch.rand(2, 3, generator=generator)
+
+
+def written(directory, **shards):
+    for name, tensors in shards.items():
+        dotted = {key.replace("_weight", ".weight"): tensor for key, tensor in tensors.items()}
+        save_file(dotted, directory / f"{name}.safetensors")
+    return sorted(directory.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_an_fp8_weight_is_multiplied_out_where_its_parameter_is_not_fp8(tmp_path, stored):
+    """The scales may lie in another shard, before the weight or behind it."""
+    weight, scales = scaled()
+    scales = scales.to(stored)
+    paths = written(tmp_path, a={"a_weight_scale_inv": scales, "b_weight": torch.eye(64)}, b={"a_weight": weight})
+    model = Weights()
+    checkpoint.check(model, paths)
+    for order in (paths, paths[::-1]):
+        model.a.weight.zero_()
+        checkpoint.load(model, order)
+        for row, column in ((0, 0), (127, 127), (128, 127), (129, 299), (0, 256)):
+            wanted = weight[row, column].float() * scales[row // 128, column // 128].float()
+            assert model.a.weight[row, column] == wanted
+    assert torch.equal(model.b.weight, torch.eye(64))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"a_weight_scale_inv": None}, r"a.weight is F8_E4M3 without a.weight_scale_inv"),
+        ({"a_weight_scale_inv": torch.ones(2, 2)}, r"a.weight_scale_inv is F32 \[2, 2\], wanted \[2, 3\]"),
+        ({"a_weight_scale_inv": torch.ones(2, 3, dtype=torch.int32)}, r"a.weight_scale_inv is I32 \[2, 3\], wanted"),
+        ({"a_weight": torch.ones(130, 300)}, r"unknown: a.weight_scale_inv"),
+        ({"b_weight_scale_inv": torch.ones(1, 1)}, r"unknown: b.weight_scale_inv"),
+        ({"a_weight": torch.ones(130, 300).to(torch.float8_e5m2)}, r"a.weight is F8_E5M2, wanted one of"),
+    ],
+)
+def test_scales_that_do_not_fit(tmp_path, change, complaint):
+    weight, scales = scaled()
+    tensors = {"a_weight": weight, "a_weight_scale_inv": scales, "b_weight": torch.eye(64), **change}
+    paths = written(tmp_path, a={name: t for name, t in tensors.items() if t is not None})
+    with pytest.raises(CheckpointError, match=complaint):
+        checkpoint.check(Weights(), paths)
+
+
+def test_names_to_ignore_are_patterns(tmp_path):
+    tensors = {"a_weight": torch.zeros(130, 300), "b_weight": torch.eye(64), "x.7.inv_freq": torch.ones(3)}
+    paths = written(tmp_path, a={**tensors, "x.7.other": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"1 unknown: x\.7\.other"):
+        checkpoint.check(Weights(), paths, ("x.*.inv_freq",))
+    checkpoint.check(Weights(), paths, ("x.*.inv_freq", "x.7.*"))
+
+
+def test_parameters_that_stay_in_fp32(tmp_path):
+    with torch.device("meta"):
+        model = nn.ModuleList([Weights(torch.float8_e4m3fn), Router(48, Routing(6, 2, has_bias=True))])
+    num_bytes = checkpoint.num_bytes(model, torch.bfloat16)
+    checkpoint.materialise(model, torch.bfloat16, torch.device("cpu"))
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {
+        "0.a.weight": torch.float8_e4m3fn,
+        "0.b.weight": torch.bfloat16,
+        "1.weight": torch.bfloat16,
+        "1.e_score_correction_bias": torch.float32,
+    }
+    assert num_bytes == sum(p.nbytes for p in model.parameters())

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_qwen3 import VOCAB, PagedRunner, build, hf_model, save
+from paged_runner import PagedRunner
+from tiny_models import FAMILIES, build, hf_model, prompt, save
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import profile
 
@@ -21,10 +22,6 @@ def saved(tmp_path_factory):
     return save(hf_model(), tmp_path_factory.mktemp("saved"))
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def steps(runner: PagedRunner, sizes) -> list[torch.Tensor]:
     out = []
     for i, size in enumerate(sizes):
@@ -35,18 +32,27 @@ def steps(runner: PagedRunner, sizes) -> list[torch.Tensor]:
     return out
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.fixture(scope="module")
+def saved_families(tmp_path_factory):
+    return {family: save(hf_model(family=family), tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=3, deadline=None)
 @given(order=st.permutations([1, 2, 7, 64, 1, 3]))
-def test_three_layers_of_any_sizes_compile_twice_at_most(saved, order):
+def test_three_layers_of_any_sizes_compile_twice_for_each_kind(saved_families, family, order):
     """Once for one token, once for more; then neither another order, another cache nor other buffers matter."""
     torch._dynamo.reset()
-    compiled, counter = build(saved), CompileCounterWithBackend("eager")
+    directory = saved_families[family]
+    compiled, counter = build(directory), CompileCounterWithBackend("eager")
     compiled.compile_layers(backend=counter)
+    num_kinds = len({type(layer.mlp) for layer in compiled.model.layers})
+    assert num_kinds == (1 if family.startswith("qwen3") else 2)
     got = steps(PagedRunner(compiled, page_size=4), order)
-    assert counter.frame_count == 2
-    torch.testing.assert_close(got, steps(PagedRunner(build(saved), page_size=4), order))
+    assert counter.frame_count == 2 * num_kinds
+    torch.testing.assert_close(got, steps(PagedRunner(build(directory), page_size=4), order))
     steps(PagedRunner(compiled, page_size=4, num_pages=150, max_seqs=9, max_len=400), order)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2 * num_kinds
 
 
 def largest_allocation(model, runner: PagedRunner) -> int:

@@ -1,10 +1,17 @@
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config
+from transformers import DeepseekV3Config, Qwen3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from nanodeploy import catalog
 from nanodeploy.models.layers.rope import Rope
+
+CONFIGS = Path(__file__).parent / "configs"
 
 POSITIVE = st.floats(0.5, 64.0)
 EXTRAS = st.fixed_dictionaries(
@@ -62,3 +69,35 @@ def test_yarn_as_the_model_cards_turn_it_on():
     plain = Rope.from_hf({**config, "rope_scaling": None}, 128)
     assert plain.max_len == 40960 and plain.gain == 1.0
     assert not torch.allclose(rope.table()[:100], plain.table()[:100])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    extras=EXTRAS,
+    dim=st.sampled_from([4, 8, 64]),
+    theta=st.sampled_from([1e4, 5e4]),
+    kind=st.sampled_from(["default", "yarn"]),
+)
+def test_latent_attention_turns_fewer_dims_and_scales_all(extras, dim, theta, kind):
+    parameters = {"rope_theta": theta, "rope_type": kind, **(extras if kind == "yarn" else {})}
+    sizes = {"qk_rope_head_dim": dim, "max_position_embeddings": 300}
+    config = DeepseekV3Config(**sizes, rope_parameters=dict(parameters), num_attention_heads=1, num_key_value_heads=1)
+    rope = Rope.from_hf({**sizes, "rope_parameters": parameters}, dim)
+    cos, sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.arange(rope.max_len)[None])
+    wanted = torch.cat((cos[0, :, : dim // 2], sin[0, :, : dim // 2]), -1)
+    torch.testing.assert_close(rope.table(), wanted, rtol=1e-5, atol=2e-7 * rope.max_len * rope.gain + 1e-6)
+    with torch.device("meta"):
+        scaling = DeepseekV3Attention(config, 0).scaling
+    assert scaling == pytest.approx((128 + dim) ** -0.5 * rope.logit_gain)
+
+
+def test_the_logit_gains_of_published_models():
+    gains = {
+        name: Rope.from_hf(catalog.read_json(CONFIGS / f"{name}.json"), 64)
+        for name in ("DeepSeek-V3", "Kimi-K2-Instruct")
+    }
+    assert [round(rope.logit_gain**0.5, 4) for rope in gains.values()] == [1.3689, 1.3466]
+    assert all(rope.gain == 1 for rope in gains.values())
+    assert [rope.max_len for rope in gains.values()] == [163840, 131072]
+    # With both betas 1 a pair is slowed by all of the factor or by nothing.
+    assert set(gains["Kimi-K2-Instruct"]._slowed().tolist()) == {0.0, 1.0}

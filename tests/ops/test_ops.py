@@ -109,8 +109,8 @@ def test_reference_rounds_like_its_dtype(op, data):
     expected = gate.Truth(op, case, args)
     for name, truth in (expected.truth or {}).items():
         ref = expected.ref[name]
-        if not ref.is_floating_point():
-            continue
+        if not ref.is_floating_point() or (name in op.mutates and hasattr(op.cases, "agrees_written")):
+            continue  # equal, or judged by the room itself
         assert torch.equal(ref.double().isnan(), truth.isnan())
         finite = truth.isfinite()
         error = torch.linalg.vector_norm(ref.double()[finite] - truth[finite])
@@ -134,4 +134,4 @@ def test_points_cost_something_and_regions_name_points(op):
         assert dataclasses.fields(case)[0].name == "dtype"
     for where, points in getattr(op.cases, "REGIONS", ()):
         assert set(points) <= op.cases.POINTS.keys()
-        assert set(where) <= {f.name for f in dataclasses.fields(next(iter(op.cases.POINTS.values())))}
+        assert all(hasattr(op.cases.POINTS[point], axis) for axis in where for point in points)

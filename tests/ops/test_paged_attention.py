@@ -72,15 +72,21 @@ def test_mixed_step_is_its_parts(decode_lens, chunks, num_padding, num_spare, se
     torch.testing.assert_close(paged_attention(*args, SCALE), wanted, rtol=tolerance, atol=tolerance)
 
 
-@given(decode_lens=st.lists(st.integers(1, 64), min_size=1, max_size=3), chunks=st.lists(chunk, max_size=2))
-def test_more_rows_than_there_are_change_nothing(decode_lens, chunks):
-    """As in a CUDA graph captured for more decodes and more chunks: the device's lengths say which are there."""
+@given(
+    decode_lens=st.lists(st.integers(1, 64), min_size=1, max_size=3),
+    chunks=st.lists(chunk, max_size=2),
+    full=st.booleans(),
+)
+def test_more_rows_than_there_are_change_nothing(decode_lens, chunks, full):
+    """As in a CUDA graph captured for more decodes (full: as many as tokens) and more chunks: the device's lengths say
+    which are there."""
     (q, cache, rows), wanted = step(decode_lens, chunks, 6, 2, seed=1)
     q = q.nan_to_num()
     num_decodes, num_chunks = len(decode_lens), len(chunks)
-    lens = torch.cat([rows.decode_lens[:num_decodes], rows.decode_lens.new_zeros(2)])
+    num_more = len(q) - num_decodes if full else 2
+    lens = torch.cat([rows.decode_lens[:num_decodes], rows.decode_lens.new_zeros(num_more)])
     ends = rows.cu_q_lens[num_chunks].repeat(2)
-    table = torch.cat([rows.decode_table[:num_decodes], rows.decode_table[:2]])
+    table = torch.cat([rows.decode_table[:num_decodes], rows.decode_table[:1].repeat(num_more, 1)])
     wider = dataclasses.replace(
         rows,
         decode_table=table,

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, make_model, run
+from tiny import FAMILIES, VOCAB, make_model, run
 from tiny import make_engine as make_tiny
 
 from nanodeploy.config import Config
@@ -18,22 +18,24 @@ from nanodeploy.wire import GenerateRequest
 # Ways to run the same requests: by what is scarce.
 WAYS = {"plain": {}, "chunks of 7": {"max_num_batched_tokens": 7, "max_num_seqs": 3}, "few pages": {}}
 MOST_TOKENS = 12  # of an answer
-LONGEST = {"cpu": 60, "cuda": 600}  # of a prompt; on the GPU past one stretch of attention's sums
-PAGES = {"cpu": 7, "cuda": 45}  # of 16 tokens, where they are few
+LONGEST = {**dict.fromkeys(FAMILIES, 60), "cuda": 600}  # of a prompt; on the GPU past one stretch of attention's sums
+PAGES = {**dict.fromkeys(FAMILIES, 7), "cuda": 45}  # of 16 tokens, where they are few
 
 
 @pytest.fixture(scope="module")
 def engine_of(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(directory)
+    directories = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, directory in directories.items():
+        make_model(family).save_pretrained(directory)
 
     @functools.cache
     def make(device: str, way: str) -> Engine:
+        """`device` is cuda, or a family, whose tiny model then runs on the CPU."""
         flags: dict = {"kvcache_block_size": 16, "deterministic": True, **WAYS[way]}
         if way == "few pages":
             flags |= {"num_kvcache_blocks": PAGES[device], "max_model_len": LONGEST[device] + MOST_TOKENS}
-        if device == "cpu":
-            return make_tiny(directory, **flags)
+        if device != "cuda":
+            return make_tiny(directories[device], **flags)
         flags = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "num_kvcache_blocks": 400, **flags}
         engine = Engine(Config(model="demo:qwen3", device="cuda", **flags))
         for cache in engine.runner.caches:
@@ -108,20 +110,23 @@ def check_few_pages_preempt(engine_of, device) -> None:
     assert together == told(engine, requests[:1]) | told(engine, requests[1:])
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_however_it_was_computed(engine_of, data):
-    check_however_it_was_computed(engine_of, "cpu", data)
+def test_however_it_was_computed(engine_of, family, data):
+    check_however_it_was_computed(engine_of, family, data)
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_prompt_logprobs_of_an_answer_are_its_logprobs(engine_of, data):
-    check_scores_of_an_answer(engine_of, "cpu", data)
+def test_prompt_logprobs_of_an_answer_are_its_logprobs(engine_of, family, data):
+    check_scores_of_an_answer(engine_of, family, data)
 
 
-def test_preemption(engine_of):
-    check_few_pages_preempt(engine_of, "cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preemption(engine_of, family):
+    check_few_pages_preempt(engine_of, family)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,15 @@
 """The whole engine on a CPU. One law: whatever else runs, a request gets what transformers' model gives it alone."""
 
+import gc
 import json
+import weakref
 
 import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, MAX_LEN, VOCAB, Oracle, PaddedSteps, make_engine, make_model, run, take, without_overlap
+from tiny import END, FAMILIES, MAX_LEN, VOCAB, Oracle, PaddedSteps, make_engine, make_model, run, take, without_overlap
 from torch._dynamo.testing import CompileCounter
 
 from nanodeploy.config import Config
@@ -17,12 +19,14 @@ from nanodeploy.runtime.engine import Engine
 from nanodeploy.sampling import SamplingParams
 from nanodeploy.wire import GenerateRequest
 
+every_family = pytest.mark.parametrize("hf", FAMILIES, indirect=True, scope="session")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="session")
-def hf():
-    return make_model()
+def hf(request):
+    """Of Qwen3, unless the test asks for others too."""
+    return make_model(getattr(request, "param", "qwen3"))
 
 
 @pytest.fixture(scope="session")
@@ -106,13 +110,14 @@ def check(oracle, requests, answers):
                 check_scores(scores[position], prompt[position], raw[position - 1], params.prompt_logprobs)
 
 
+@every_family
 @given(
     flags=engines,
     asked=st.lists(st.tuples(prompts, sampling, st.integers(0, 8)), min_size=1, max_size=6),
     overlap=st.booleans(),
     padded=st.booleans(),
 )
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_every_request_gets_what_it_would_get_alone(checkpoint, oracle, flags, asked, overlap, padded):
     """Alone = batched = chunked = cached = preempted, for any sampling; overlapping steps change nothing, nor does
     padding as CUDA graphs have it."""
@@ -125,6 +130,7 @@ def test_every_request_gets_what_it_would_get_alone(checkpoint, oracle, flags, a
     check(oracle, requests, answers)
 
 
+@every_family
 def test_preempted_requests_go_on_where_they_were(checkpoint, oracle):
     params = [
         SamplingParams(max_tokens=60, ignore_eos=True, seed=3, frequency_penalty=0.5, logprobs=2, prompt_logprobs=1),
@@ -138,6 +144,7 @@ def test_preempted_requests_go_on_where_they_were(checkpoint, oracle):
     check(oracle, requests, answers)
 
 
+@every_family
 def test_a_prefix_is_computed_once(checkpoint, oracle):
     engine = make_engine(checkpoint)
     ask = [GenerateRequest(str(i), TEXTS[0][:50], GREEDY) for i in range(2)]
@@ -152,6 +159,7 @@ def test_a_prefix_is_computed_once(checkpoint, oracle):
     check(oracle, [*ask, again], {answer.end.id: answer for answer in answers})
 
 
+@every_family
 def test_sequences_on_one_prefix_are_grouped_and_get_their_own_answers(checkpoint, oracle, monkeypatch):
     """Decodes are put into an order in which groups are adjacent; whose token is whose must not depend on it."""
     monkeypatch.setattr(step, "MIN_GROUP", 2)
@@ -178,6 +186,27 @@ def test_requests_without_a_seed_get_theirs_from_the_engine(checkpoint, oracle):
     tokens = [[answers[str(i)].tokens for i in range(4)] for answers in (first, second, other)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert len({tuple(t) for t in tokens[0]}) == 4
+
+
+@every_family
+def test_64_greedy_tokens_however_they_were_computed(checkpoint, oracle):
+    """Alone, from the prefix cache, in a batch, in padded steps, cut into chunks of several sizes, preempted."""
+    params = msgspec.structs.replace(GREEDY, max_tokens=64)
+    requests = [GenerateRequest(str(i), TEXTS[i % 2][: 30 - 4 * i], params) for i in range(4)]
+    engine = make_engine(checkpoint)
+    alone = {}
+    for request in requests:
+        alone |= run(engine, [request])
+    check(oracle, requests, alone)
+    told = {id: answer.told for id, answer in alone.items()}
+    assert len({token for tokens, _, _ in told.values() for token in tokens}) > 9  # a loop would be easy to hit
+    scarce = make_engine(checkpoint, kvcache_block_size=4, num_kvcache_blocks=MAX_LEN // 4 + 9)
+    padded = make_engine(checkpoint)
+    padded.runner.graphs = PaddedSteps(padded)
+    chunked = [make_engine(checkpoint, max_num_seqs=3, max_num_batched_tokens=size) for size in (3, 7, 16)]
+    for each in (engine, scarce, padded, *chunked):
+        assert {id: answer.told for id, answer in run(each, requests).items()} == told
+    assert engine.stats().prefix_hits > 0 and scarce.stats().num_preemptions > 0
 
 
 @pytest.mark.parametrize("phase", ["inbox", "waiting", "prefill", "decode", "last token in flight", "ended"])
@@ -275,6 +304,20 @@ def test_info_is_json_and_says_what_was_chosen(checkpoint):
     assert all(seconds >= 0 for seconds in info["phases"].values()) and "loading weights" in info["phases"]
     assert any("64 tokens in 1 pages" in line for line in said)
     engine.close()
+
+
+def test_a_closed_engine_holds_no_cache(checkpoint):
+    """At once: a collector that comes later leaves the next engine without memory."""
+    engine = make_engine(checkpoint)
+    engine.runner.graphs = PaddedSteps(engine)  # knows the runner, as CUDA graphs do
+    run(engine, [GenerateRequest("a", [1, 2, 3], GREEDY)])
+    pages = weakref.ref(engine.runner.caches[0].pages)
+    gc.disable()
+    try:
+        engine.close()
+        assert pages() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

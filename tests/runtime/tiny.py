@@ -1,10 +1,21 @@
-"""A tiny random Qwen3 made by transformers, an engine on it, and what it must answer, worked out the slow way."""
+"""Tiny random models made by transformers, an engine on them, and what it must answer, worked out the slow way."""
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nanodeploy.config import Config
 from nanodeploy.ops.sample.reference import sample
@@ -16,33 +27,99 @@ from nanodeploy.wire import GenerateRequest, TokenEvent
 VOCAB, END, MAX_LEN = 61, 60, 96
 
 
-def make_model() -> Qwen3ForCausalLM:
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LEN,
+    "initializer_range": 0.5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": END,
+}
+QWEN3 = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+DEEPSEEK = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_mtp_layers": 0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": MAX_LEN // 4,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+
+
+class KimiK2(DeepseekV3ForCausalLM):
+    """transformers has no class for its model_type: what this saves says so, as published checkpoints do."""
+
+    def save_pretrained(self, directory, **options):
+        super().save_pretrained(directory, **options)
+        path = Path(directory) / "config.json"
+        says = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **says}))
+
+
+FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, QWEN3),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**QWEN3, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
+    "deepseek_v3": (DeepseekV3ForCausalLM, DeepseekV3Config, DEEPSEEK),
+    "kimi_k2": (
+        KimiK2,
+        DeepseekV3Config,
+        {**DEEPSEEK, "n_routed_experts": 6, "n_group": 1, "topk_group": 1, "q_lora_rank": 20},
+    ),
+}
+
+
+def make_model(family: str = "qwen3") -> PreTrainedModel:
     """In fp32, with weights large enough that its tokens vary and no two logits are nearly equal."""
+    model_class, config_class, settings = FAMILIES[family]
     torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=END,
-    )
-    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    config = config_class(**settings)
+    config._experts_implementation = "eager"
+    model: PreTrainedModel = model_class(config).eval().requires_grad_(False)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.1)
+    return model
 
 
 def make_engine(directory, **flags) -> Engine:
     """Flags default to sizes at which nothing is scarce. The cache is poisoned: what nobody wrote must not be used."""
     flags = {"max_num_seqs": 8, "kvcache_block_size": 16, "max_num_batched_tokens": 256, "device": "cpu", **flags}
     engine = Engine(Config(model=str(directory), **flags))
-    for cache in engine.runner.caches:
-        cache.pages.fill_(math.nan)
+    poison(engine)
     return engine
+
+
+def poison(engine: Engine) -> None:
+    """Fill the cache with what must not be used: NaN, in 8 bits too."""
+    for tensor in (t for cache in engine.runner.caches for t in cache if t is not None):
+        if tensor.dtype == torch.uint8:
+            tensor.fill_(255)
+        else:
+            tensor.copy_(torch.full((1,), math.nan).to(tensor.dtype))
 
 
 class PaddedSteps(Graphs):
@@ -113,7 +190,7 @@ def without_overlap(engine: Engine) -> list[TokenEvent]:
 class Oracle:
     """Says what a request must get, by transformers' model run on its tokens alone."""
 
-    def __init__(self, model: Qwen3ForCausalLM):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def logits(self, tokens: list[int]) -> torch.Tensor:

@@ -28,7 +28,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     servers: list[ServerProcess] = []
 
     def start_one(*flags: str, **options) -> ServerProcess:
-        servers.append(ServerProcess(*flags, temporary=tmp_path / f"tmp{len(servers)}", **options))
+        servers.append(ServerProcess(*flags, **options))
         return servers[-1]
 
     yield start_one
@@ -39,9 +39,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server that many tests share; each leaves it working."""
-    running = ServerProcess(
-        str(model), "--served-model-name", "fake", "--max_num_waiting", "200", temporary=tmp_path_factory.mktemp("tmp")
-    )
+    running = ServerProcess(str(model), "--served-model-name", "fake", "--max_num_waiting", "200")
     try:
         yield running.started()
         assert running.popen.poll() is None, running.errors

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -66,13 +67,13 @@ class ServerProcess:
     def __init__(
         self,
         *flags: str,
-        temporary: Path,
         engine: str = "fake_engine:FakeEngine",
         stdout: IO | int = subprocess.PIPE,
         root: Path = ROOT,
     ):
-        temporary.mkdir(exist_ok=True)
-        self.temporary = temporary  # its TMPDIR, to see what it leaves behind
+        # Its TMPDIR, to see what it leaves behind. Not pytest's: the path of a socket in it has to be short.
+        self._temporary = tempfile.TemporaryDirectory(prefix="nd-")
+        self.temporary = Path(self._temporary.name)
         code = f"import sys; from nanodeploy import cli; sys.exit(cli.main(sys.argv[1:], engine={engine!r}))"
         path = os.pathsep.join([str(root), str(Path(__file__).parent)])
         self.popen = subprocess.Popen(
@@ -81,7 +82,7 @@ class ServerProcess:
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": self._temporary.name, "OMP_NUM_THREADS": "1"},
         )
         self.lines: list[str] = []
         self.errors: list[str] = []

@@ -5,6 +5,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ FLAGS = ("--device", "cpu", "--max_model_len", "1024", "--num_kvcache_blocks", "
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess("demo:qwen3", *FLAGS, engine=ENGINE, temporary=tmp_path_factory.mktemp("tmp"))
+    server = ServerProcess("demo:qwen3", *FLAGS, engine=ENGINE)
     try:
         yield server.started()
     finally:
@@ -47,6 +49,16 @@ def test_it_can_add(ask: openai.OpenAI) -> None:
     reply = ask.chat.completions.create(model="demo:qwen3", messages=SUM)
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("2", "stop")
     assert golden(ask) == "2"
+
+
+def test_the_example_with_a_tool(demo: ServerProcess) -> None:
+    command = [sys.executable, "examples/tools.py", "--url", demo.url + "/v1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    call, answer, form = done.stdout.split("\n", 2)
+    assert call == 'get_weather({"city": "Rome"}) -> {"temperature": 11, "sky": "cloudy"}'
+    assert answer == "It is 11 degrees and cloudy in Rome."
+    assert json.loads(form.removeprefix("as JSON: ")).keys() == {"temperature", "sky"}
 
 
 def test_every_sampling_option_reaches_the_engine(ask: openai.OpenAI) -> None:

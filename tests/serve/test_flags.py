@@ -37,6 +37,7 @@ def test_nothing_given_is_the_default() -> None:
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
         (["--enforce_eager", "--no_enforce_eager"], {"enforce_eager": False}),
         (["--gpu_memory_utilization", "1"], {"gpu_memory_utilization": 1.0}),
+        (["--quantization", "fp8"], {"quantization": "fp8"}),
     ],
 )
 def test_spellings(argv: list[str], expected: dict) -> None:
@@ -56,6 +57,7 @@ def test_spellings(argv: list[str], expected: dict) -> None:
         (["--port", "--host", "h"], "--port needs a value; --host came instead"),
         (["--dtype", "fp16"], "wanted one of auto, bfloat16, float16, float32"),
         (["--kvcache_block_size", "32"], "wanted one of 16, 64, 256"),
+        (["--quantization", "f8"], "wanted one of auto, fp8. Did you mean fp8?"),
         (["--gpu_memory_utilization", "nan"], "wanted 0.01 to 1.0"),
         (["--enforce_eager=true"], "takes no value: write --enforce_eager or --no_enforce_eager"),
         (["a", "b"], "unexpected argument b"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanodeploy.models.batch import Batch
-from nanodeploy.ops.layouts import KVCache
+from nanodeploy.ops.layouts import Cache
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable = "inductor") -> None:
@@ -21,7 +21,7 @@ def compile_layers(layers: nn.ModuleList, backend: str | Callable = "inductor") 
         layer.compile(backend=backend, fullgraph=True)
 
 
-def mark_sizes(batch: Batch, x: Tensor, residual: Tensor, cache: KVCache) -> None:
+def mark_sizes(batch: Batch, x: Tensor, residual: Tensor, cache: Cache) -> None:
     """Say which axes of the first layer's inputs vary; later layers then fit the code that the first one compiled.
 
     These are the tokens, the pages of the cache (a warm-up runs before they are counted), and the sizes of the

@@ -30,6 +30,7 @@ class Rope:
     beta_slow: float = 1.0  # yarn: one that turns less often than this is slowed by the whole factor
     truncate: bool = True  # yarn: whether the bounds of the two are rounded outwards to whole dims
     gain: float = 1.0  # yarn: of cos and sin, which is a temperature of the attention
+    logit_gain: float = 1.0  # yarn with mscale_all_dim: of attention's logits, those of dims that do not rotate too
 
     @staticmethod
     def from_hf(config: dict[str, Any], dim: int) -> "Rope":
@@ -60,6 +61,7 @@ class Rope:
             number(given, "beta_slow", 1.0),
             given.get("truncate", True),
             _yarn_gain(given, factor),
+            _yarn_scale(number(given, "mscale_all_dim"), factor) ** 2 if given.get("mscale_all_dim") else 1.0,
         )
 
     def table(self) -> Tensor:
@@ -91,12 +93,12 @@ class Rope:
 
 def _yarn_gain(given: dict[str, Any], factor: float) -> float:
     """The gain a yarn config asks for: said outright, or derived from the factor, or from two scales of it."""
-
-    def of(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if given.get("attention_factor") is not None:
         return number(given, "attention_factor")
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return of(number(given, "mscale")) / of(number(given, "mscale_all_dim"))
-    return of(1.0)
+        return _yarn_scale(number(given, "mscale"), factor) / _yarn_scale(number(given, "mscale_all_dim"), factor)
+    return _yarn_scale(1.0, factor)
+
+
+def _yarn_scale(weight: float, factor: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -82,6 +82,15 @@ POINTS = {
     "32/8 d128 B64 on a prefix of 16384": _point(64, 16448, 32, 8, 128, has_prefixes=True, groups=((64, 16384),)),
 }
 
+REGIONS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"has_prefixes": True, "window": 0}, ["32/8 d128 B64 on a prefix of 16384"]),
+    ({"fp8": True, "num_seqs": [None, 16]}, ["32/8 d128 B8 ctx4096 fp8"]),
+    ({"fp8": True}, ["32/8 d128 B64 ctx4096 fp8", "32/8 d128 B256 ctx1024 fp8"]),
+    ({"head_dim": 256}, ["16/2 d256 B64 ctx4096"]),
+    ({"num_seqs": [None, 16]}, ["32/8 d128 B1 ctx1024", "32/8 d128 B1 ctx32768", "32/8 d128 B8 ctx4096"]),
+    ({}, ["32/8 d128 B64 ctx1024", "32/8 d128 B64 ctx4096", "32/8 d128 B256 ctx100-2048"]),
+]
+
 FAR = Case(
     torch.bfloat16, 5, 32, 8, 128, 256, 820, kv_lens=(820 * 256, 1, 0, 700 * 256 + 3, 65)
 )  # 2**31 elements and more

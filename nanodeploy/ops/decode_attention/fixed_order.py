@@ -189,9 +189,14 @@ class Config:
     programs: int = PROGRAMS
 
 
-def pick(head_dim: int) -> Config:
-    """Triton halves the stages, as the page id's load comes before the page's."""
-    return {64: Config(4, 7), 128: Config(4, 5), 256: Config(4, 5)}[head_dim]
+def pick(head_dim: int, scaled: bool) -> Config:
+    """Triton halves the stages, as the page id's load comes before the page's.
+
+    With fewer than 64 rows Triton takes mma.sync, and for operands that come from 8 bits deals out the summed axis
+    otherwise than in ascending runs of 16: rarely, but then, other bits than prefill's.
+    """
+    stages = 7 if head_dim == 64 else 5
+    return Config(8, stages, 64) if scaled else Config(4, stages)
 
 
 def launch(q, kv_pages, kv_scales, page_table, kv_lens, sinks, scale, window, config: Config):
@@ -268,7 +273,7 @@ def _aot():
     scale_strides = ("stride_scale_page", "stride_scale_kv", "stride_scale_head")
     shipped = ((128, 64, False), (128, 16, False), (64, 64, False), (256, 64, False), (128, 64, True))
     for head_dim, page_size, scaled in shipped:
-        config = pick(head_dim)
+        config = pick(head_dim, scaled)
         signature = {
             "q": "*bf16",
             "kv_pages": "*fp8e4nv" if scaled else "*bf16",
@@ -278,10 +283,11 @@ def _aot():
         signature |= {"partial": "*fp32", "stats": "*fp32", "scale_log2": "fp32"}
         counts = ("group", "num_queries", "num_stretches", "window")
         signature |= dict.fromkeys((*counts, *strides, *scale_strides, "stride_table"), "i32")
-        constexprs = {"HEAD_DIM": head_dim, "PAGE": page_size, "ROWS": 16, "TILE": tile_tokens(head_dim)}
-        constexprs |= {"STAGES": config.num_stages, "SCALED": scaled, **flags}
+        constexprs = {"HEAD_DIM": head_dim, "PAGE": page_size, "ROWS": config.least_rows}
+        constexprs |= {"TILE": tile_tokens(head_dim), "STAGES": config.num_stages, "SCALED": scaled, **flags}
         divisible = ("q", "kv_pages", "out", "partial", *strides)
-        yield Aot(_stretches, signature, constexprs, config.num_warps, 3, divisible, ("mma", "cp.async"))
+        wants = ("wgmma" if scaled else "mma", "cp.async")
+        yield Aot(_stretches, signature, constexprs, config.num_warps, 3, divisible, wants)
 
 
 def _takes(case) -> bool:
@@ -295,4 +301,5 @@ def _takes(case) -> bool:
 
 @decode_attention.kernel(needs="sm80", when=_takes, batch_invariant=True, order="stretches", aot=_aot)
 def fixed_order(q, kv_pages, kv_scales, page_table, kv_lens, prefixes, plan, sinks, scale, window):
-    return launch(q, kv_pages, kv_scales, page_table, kv_lens, sinks, scale, window, pick(q.shape[2]))
+    config = pick(q.shape[2], kv_scales is not None)
+    return launch(q, kv_pages, kv_scales, page_table, kv_lens, sinks, scale, window, config)

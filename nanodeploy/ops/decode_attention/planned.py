@@ -115,6 +115,74 @@ def _write(out, result, seq, kv_head, num_kv_heads, num_queries, group, HEAD_DIM
     tl.store(out + at[:, None] * HEAD_DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _deliver(
+    highest,
+    total,
+    mixed,
+    odd_mixed,
+    plan,
+    sinks,
+    out,
+    partial,
+    lse,
+    seq,
+    slot,
+    own_slot,
+    num_own,
+    kv_head,
+    num_kv_heads,
+    num_seqs,
+    num_queries,
+    group,
+    counters_at,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MERGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What an item found: to `out` where its sequence has no other, else to its slot, where the last one MERGES all.
+
+    highest, total [BLOCK_M], mixed [BLOCK_M, HEAD_DIM], or every other column each of mixed and odd_mixed.
+    """
+    num_rows = num_queries * group
+    rows = tl.arange(0, BLOCK_M)
+    present = rows < num_seqs * num_rows
+    if sinks is not None:
+        if (slot < 0) | (slot == own_slot):  # one of the sequence's items brings the sink
+            heads = kv_head * group + rows % group
+            sink = tl.load(sinks + heads, mask=present, other=0.0).to(tl.float32) * 1.4426950408889634
+            risen = tl.maximum(highest, sink)
+            shrink = tl.exp2(highest - risen)
+            total = total * shrink + tl.exp2(sink - risen)
+            mixed *= shrink[:, None]
+            if odd_mixed is not None:
+                odd_mixed *= shrink[:, None]
+            highest = risen
+    total = tl.where(total == 0, 1.0, total)  # nothing seen: zeros
+    result = mixed / total[:, None]
+    if odd_mixed is not None:
+        result = tl.interleave(result, odd_mixed / total[:, None])
+    if slot < 0:
+        _write(out, result, seq, kv_head, num_kv_heads, num_queries, group, HEAD_DIM, BLOCK_M)
+    else:
+        at = ((slot + rows // num_rows) * num_kv_heads + kv_head) * num_rows + rows % num_rows
+        every = tl.arange(0, HEAD_DIM)
+        where = partial + at.to(tl.int64)[:, None] * HEAD_DIM + every[None, :]
+        tl.store(where, result, mask=present[:, None])
+        tl.store(lse + at, highest + tl.log2(total), mask=present)
+        if MERGES:
+            tl.debug_barrier()  # all of this program's stores come before its arrival
+            counter = plan + counters_at + seq * num_kv_heads + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == num_own - 1:
+                merged = _merge(
+                    partial, lse, kv_head, num_kv_heads, num_rows, 0, 0, 0, own_slot, num_own, HEAD_DIM, ROWS, CHUNK
+                )
+                _write(out, merged, seq, kv_head, num_kv_heads, num_queries, group, HEAD_DIM, ROWS)
+                tl.store(counter, 0)  # for the next layer
+
+
 # One compilation for any batch and any slice of its rows.
 @triton.jit(
     do_not_specialize=["num_queries", "group", "window", "counters_at", "stride_table"],
@@ -189,6 +257,8 @@ def _attend(
         odd_queries = tl.load(tokens_at[:, None] + dims[None, :] * STEP + 1, mask=present[:, None], other=0.0)
         odd_queries = odd_queries.to(tl.float16)
         odd_mixed = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    else:
+        odd_mixed = None
     if MASKED:
         kv_len = tl.load(kv_lens + seq + rows // num_rows, mask=present, other=0)
         sees = kv_len - num_queries + 1 + rows % num_rows // group  # the tokens from sees - window up to sees
@@ -248,37 +318,32 @@ def _attend(
             mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
         highest = risen
 
-    if sinks is not None:
-        if (slot < 0) | (slot == own_slot):  # one of the sequence's items brings the sink
-            sink = tl.load(sinks + heads, mask=present, other=0.0).to(tl.float32) * 1.4426950408889634
-            risen = tl.maximum(highest, sink)
-            shrink = tl.exp2(highest - risen)
-            total = total * shrink + tl.exp2(sink - risen)
-            mixed *= shrink[:, None]
-            if FP8:
-                odd_mixed *= shrink[:, None]
-            highest = risen
-    total = tl.where(total == 0, 1.0, total)  # nothing seen: zeros
-    result = mixed / total[:, None]
-    if FP8:
-        result = tl.interleave(result, odd_mixed / total[:, None])
-    if slot < 0:
-        _write(out, result, seq, kv_head, num_kv_heads, num_queries, group, HEAD_DIM, BLOCK_M)
-    else:
-        at = ((slot + rows // num_rows) * num_kv_heads + kv_head) * num_rows + rows % num_rows
-        every = tl.arange(0, HEAD_DIM)
-        where = partial + at.to(tl.int64)[:, None] * HEAD_DIM + every[None, :]
-        tl.store(where, result, mask=present[:, None])
-        tl.store(lse + at, highest + tl.log2(total), mask=present)
-        if MERGES:
-            tl.debug_barrier()  # all of this program's stores come before its arrival
-            counter = plan + counters_at + seq * num_kv_heads + kv_head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == num_own - 1:
-                merged = _merge(
-                    partial, lse, kv_head, num_kv_heads, num_rows, 0, 0, 0, own_slot, num_own, HEAD_DIM, ROWS, CHUNK
-                )
-                _write(out, merged, seq, kv_head, num_kv_heads, num_queries, group, HEAD_DIM, ROWS)
-                tl.store(counter, 0)  # for the next layer
+    _deliver(
+        highest,
+        total,
+        mixed,
+        odd_mixed,
+        plan,
+        sinks,
+        out,
+        partial,
+        lse,
+        seq,
+        slot,
+        own_slot,
+        num_own,
+        kv_head,
+        num_kv_heads,
+        num_seqs,
+        num_queries,
+        group,
+        counters_at,
+        HEAD_DIM,
+        BLOCK_M,
+        MERGES,
+        ROWS,
+        CHUNK,
+    )
 
 
 @triton.jit(do_not_specialize=["num_queries", "group", "tile", "places_at"])

@@ -33,8 +33,8 @@ QWEN3_06B = {
 POINTS = {
     f"{model} {name} T{num_tokens}": Case(torch.bfloat16, num_tokens, *shape)
     for model, shapes, tokens in (
-        ("qwen3-8b", QWEN3_8B, (1, 8, 16, 32, 64, 128, 256, 8192)),
-        ("qwen3-0.6b", QWEN3_06B, (1, 8, 64, 256)),
+        ("qwen3-8b", QWEN3_8B, (1, 8, 16, 32, 64, 128, 256, 512, 8192)),
+        ("qwen3-0.6b", QWEN3_06B, (1, 8, 64, 128, 256, 512)),
     )
     for name, shape in shapes.items()
     for num_tokens in tokens
@@ -43,19 +43,24 @@ POINTS = {
 
 
 def _regions() -> list[tuple[dict, list[str]]]:
-    """Each shape's own winner for one token and for some; elsewhere, what wins over all of Qwen3-8B's shapes."""
-    few: list[tuple[int | list[int], tuple[int, ...]]] = [
-        (1, (1,)), ([2, 16], (8, 16)), ([17, 32], (32,)), ([33, 64], (64,)), ([65, 256], (128, 256)),
+    """Each shape's own winner; of other shapes, what wins over all of Qwen3-8B's."""
+    few: list[tuple[int | list[int | None], tuple[int, ...]]] = [
+        (1, (1,)), ([2, 16], (8, 16)), ([17, 32], (32,)), ([33, 64], (64,)), ([65, 128], (128,)), ([129, 256], (256,)),
+        ([257, 1024], (512,)),
     ]  # fmt: skip
     own = [
         ({"num_tokens": where, "out_dim": out_dim, "in_dim": in_dim}, points)
-        for where, tokens in few
+        for where, tokens in [*few, ([1025, None], (8192,))]
         for model, shapes in (("qwen3-8b", QWEN3_8B), ("qwen3-0.6b", QWEN3_06B))
         for name, (out_dim, in_dim) in shapes.items()
         if (points := [point for t in tokens if (point := f"{model} {name} T{t}") in POINTS])
     ]
     all_shapes: list[tuple[dict, list[str]]] = [
-        ({"num_tokens": where}, [f"qwen3-8b {name} T{t}" for t in tokens for name in QWEN3_8B]) for where, tokens in few
+        (
+            {"num_tokens": where},
+            [point for t in tokens for name in QWEN3_8B if (point := f"qwen3-8b {name} T{t}") in POINTS],
+        )
+        for where, tokens in few
     ]
     return [*own, *all_shapes, ({}, [f"qwen3-8b {name} T8192" for name in QWEN3_8B if name != "lm_head"])]
 

@@ -1,4 +1,4 @@
-"""One to 64 rows against a big weight: nothing but the stream of the weight counts.
+"""One to 256 rows against a big weight: of few rows, nothing but the stream of the weight counts.
 
 One row is skinny.py's. For more, a tile of the weight is the left operand of tl.dot, so that its 64 or more rows fill
 the tensor core's M and the few tokens its N. Where too few programs would result, the inner axis is split: the last
@@ -19,7 +19,7 @@ from nanodeploy.ops.linear.reference import linear
 from nanodeploy.ops.overlap import go, wait
 from nanodeploy.ops.registry import Aot
 
-MAX_TOKENS = 64
+MAX_TOKENS = 256
 MAX_TILES = 4096  # of a weight whose inner axis is split
 NUM_SMS = 132  # of the machine the defaults are made for
 
@@ -34,7 +34,7 @@ class Config:
     ahead: int = 256  # of the inner axis, fetched while waiting for the kernel ahead; more than that loses
 
 
-# What bench/sweeps/linear.py found: (tokens, rounded up to 16, 32 or 64; N, D) -> Config.
+# What bench/sweeps/linear.py found: (tokens, rounded up to a power of two from 16 on; N, D) -> Config.
 TUNED: dict[tuple[int, int, int], Config] = {
     (16, 6144, 4096): Config(rows=64, block=64, num_warps=4, num_stages=6, splits=4),
     (16, 4096, 4096): Config(rows=64, block=128, num_warps=4, num_stages=6, splits=2),
@@ -75,11 +75,13 @@ def config(num_tokens: int, out_dim: int, in_dim: int) -> Config:
     tuned = TUNED.get((tokens, out_dim, in_dim))
     if tuned:
         return tuned
-    block = max(16, min(128, triton.next_power_of_2(in_dim)))
+    # Many tokens: tiles as large as the registers hold, as each token is read once per tile of the weight.
+    rows, num_warps, num_stages = (64, 4, 5) if tokens <= 64 else (128, 8, 4)
+    block = max(16, min(128 if tokens <= 64 else 64, triton.next_power_of_2(in_dim)))
     splits = 1
-    while triton.cdiv(out_dim, 64) * splits < 0.9 * NUM_SMS and in_dim >= 4 * splits * block and splits < 8:
+    while triton.cdiv(out_dim, rows) * splits < 0.9 * NUM_SMS and in_dim >= 4 * splits * block and splits < 8:
         splits *= 2
-    return Config(rows=64, block=block, num_warps=4, num_stages=5, splits=splits)
+    return Config(rows, block, num_warps, num_stages, splits)
 
 
 @triton.jit
@@ -204,7 +206,8 @@ def _aot():
     yield from (skinny.aot(d, c) for d, c in sorted({(d, c) for (_, d), c in skinny.TUNED.items()}, key=str))
     yield from (aot(t, d, c) for t, d, c in sorted({(t, d, c) for (t, _, d), c in TUNED.items()}, key=str))
     yield skinny.aot(1024, skinny.config(2048, 1024))
-    yield from (aot(tokens, 1024, config(tokens, 2048, 1024)) for tokens in (16, 32, 64))
+    yield from (aot(tokens, 1024, config(tokens, 2048, 1024)) for tokens in (16, 32, 64, 128))
+    yield from (aot(256, 4096, config(256, out_dim, 4096)) for out_dim in (4096, 24576))
 
 
 def fits(case) -> bool:

@@ -17,8 +17,8 @@ class Case:
 QWEN3_8B = (12288, 4096)
 QWEN3_06B = (3072, 1024)
 
-POINTS = {f"qwen3-8b T{t}": Case(torch.bfloat16, t, *QWEN3_8B) for t in (1, 8, 32, 64, 128, 256, 8192)} | {
-    f"qwen3-0.6b T{t}": Case(torch.bfloat16, t, *QWEN3_06B) for t in (1, 8, 64, 256, 8192)
+POINTS = {f"qwen3-8b T{t}": Case(torch.bfloat16, t, *QWEN3_8B) for t in (1, 8, 32, 64, 128, 256, 512, 8192)} | {
+    f"qwen3-0.6b T{t}": Case(torch.bfloat16, t, *QWEN3_06B) for t in (1, 8, 64, 128, 256, 512, 8192)
 }
 
 # Tokens of a region -> those of the points in it.
@@ -26,8 +26,10 @@ TOKENS: list[tuple[int | list[int | None], tuple[int, ...]]] = [
     (1, (1,)),
     ([2, 16], (8,)),
     ([17, 64], (32, 64)),
-    ([65, 256], (128, 256)),
-    ([257, None], (8192,)),
+    ([65, 128], (128,)),
+    ([129, 256], (256,)),
+    ([257, 1024], (512,)),
+    ([1025, None], (8192,)),
 ]
 
 REGIONS: list[tuple[dict, list[str]]] = [

@@ -1,4 +1,4 @@
-"""One to 64 rows: the kernels of linear/streamed with a tile of the gate and one of up in each program."""
+"""One to 256 rows: the kernels of linear/streamed with a tile of the gate and one of up in each program."""
 
 import triton
 
@@ -13,7 +13,7 @@ TUNED_ONE: dict[tuple[int, int], skinny.Config] = {
     (3072, 1024): skinny.Config(rows=2, block=1024, num_warps=2),
 }
 
-# More: (tokens, rounded up to 16, 32 or 64; I, D) -> Config.
+# More: (tokens, rounded up to a power of two from 16 on; I, D) -> Config.
 TUNED: dict[tuple[int, int, int], Config] = {
     (16, 12288, 4096): Config(rows=64, block=128, num_warps=4, num_stages=5),
     (32, 12288, 4096): Config(rows=64, block=128, num_warps=4, num_stages=4),
@@ -29,16 +29,21 @@ def config_one(out_dim: int, in_dim: int) -> skinny.Config:
 
 def config(num_tokens: int, out_dim: int, in_dim: int) -> Config:
     """The measured configuration of a shape, else one that fits it."""
-    tuned = TUNED.get((plain.bucket(num_tokens), out_dim, in_dim))
+    tokens = plain.bucket(num_tokens)
+    tuned = TUNED.get((tokens, out_dim, in_dim))
+    if tuned:
+        return tuned
+    if tokens > 64:
+        return Config(rows=64, block=max(16, min(64, triton.next_power_of_2(in_dim))), num_warps=8, num_stages=4)
     rows, block = 64 if out_dim >= 8192 else 32, max(16, min(128, triton.next_power_of_2(in_dim)))
-    return tuned or Config(rows, block, num_warps=4, num_stages=4)
+    return Config(rows, block, num_warps=4, num_stages=4)
 
 
 def _aot():
     yield from (skinny.aot(in_dim, chosen, gated=True) for (_, in_dim), chosen in TUNED_ONE.items())
     tuned = {(tokens, in_dim, chosen) for (tokens, _, in_dim), chosen in TUNED.items()}
     yield from (plain.aot(*of, gated=True) for of in sorted(tuned, key=str))
-    yield plain.aot(16, 1024, config(16, 3072, 1024), gated=True)
+    yield from (plain.aot(t, 1024, config(t, 3072, 1024), gated=True) for t in (16, 128, 256))
 
 
 @linear_silu_mul.kernel(needs="sm80", when=plain.fits, aot=_aot)

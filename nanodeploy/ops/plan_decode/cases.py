@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nanodeploy.ops.case import Cost
-from nanodeploy.ops.plan_decode.reference import FIELDS, PLACES, extent, plan_decode
+from nanodeploy.ops.plan_decode.reference import FIELDS, PLACES, UNIT, extent, plan_decode
 
 MAX_TOKENS = 8192
 
@@ -19,6 +19,7 @@ class Case:
     num_kv_heads: int
     window: int
     has_prefixes: bool
+    unit: int = UNIT
     kv_lens: tuple[int, ...] | None = None
     groups: tuple[tuple[int, int], ...] | None = None  # (rows, tokens they share) of each group in turn
 
@@ -28,20 +29,20 @@ class Case:
 
 
 def _point(kv_lens: tuple[int, ...], heads: int, kv_heads: int) -> Case:
-    return Case(torch.int32, len(kv_lens), 1, heads, kv_heads, 0, False, kv_lens)
+    return Case(torch.int32, len(kv_lens), 1, heads, kv_heads, 0, False, kv_lens=kv_lens)
 
 
 POINTS = {
     "32/8 B1 ctx32768": _point((32768,), 32, 8),
     "32/8 B64 ctx4096": _point((4096,) * 64, 32, 8),
     "32/8 B256 ctx100-2048": _point(tuple(100 + i * 7919 % 1949 for i in range(256)), 32, 8),
-    "32/8 B64 on 16384": Case(torch.int32, 64, 1, 32, 8, 0, True, (16384 + 64,) * 64, ((64, 16384),)),
+    "32/8 B64 on 16384": Case(torch.int32, 64, 1, 32, 8, 0, True, kv_lens=(16384 + 64,) * 64, groups=((64, 16384),)),
 }
 
 
-def of(kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window) -> Case:
+def of(kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window, unit=UNIT) -> Case:
     shape = (num_queries, num_heads, num_kv_heads)
-    return Case(kv_lens.dtype, kv_lens.shape[0], *shape, window, prefixes is not None)
+    return Case(kv_lens.dtype, kv_lens.shape[0], *shape, window, prefixes is not None, unit)
 
 
 def strategy(st, *, small: bool):
@@ -52,7 +53,8 @@ def strategy(st, *, small: bool):
         num_heads = num_kv_heads * draw(st.sampled_from([1, 4, 7, 16]))
         shape = (draw(st.sampled_from([1, 2, 8])), num_heads, num_kv_heads)
         window = draw(st.sampled_from([0, 0, 0, 100, 1024]))
-        return Case(torch.int32, num_seqs, *shape, window, draw(st.booleans()))
+        unit = draw(st.sampled_from([UNIT, UNIT, 512]))
+        return Case(torch.int32, num_seqs, *shape, window, draw(st.booleans()), unit)
 
     return cases()
 
@@ -82,7 +84,7 @@ def make(case: Case, device: torch.device, seed: int) -> tuple:
         kv_lens = tuple(a + b for a, b in zip(shared, mine))
     lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
     prefixes = prefix_rows(groups, device) if case.has_prefixes and groups else None
-    return lens, prefixes, *case.shape, case.window
+    return lens, prefixes, *case.shape, case.window, case.unit
 
 
 def cost(case: Case) -> Cost:

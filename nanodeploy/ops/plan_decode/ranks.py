@@ -12,7 +12,6 @@ from nanodeploy.ops.registry import Aot
 
 BLOCK_S, BLOCK_T = 32, 128  # sequences of one program, and how many it looks at at a time
 CONSTANTS = {
-    "UNIT": reference.UNIT,
     "MIN_SHARED": reference.MIN_SHARED,
     "FIELDS": reference.FIELDS,
     "PLACES": reference.PLACES,
@@ -173,14 +172,14 @@ def _aot():
     pointers = {"kv_lens": "*i32", "prefixes": "*i32", "plan": "*i32"}
     numbers = ("num_seqs", "num_queries", "window", "target", "tile", "num_shared", "num_own", "counters_at", "length")
     signature = pointers | dict.fromkeys(numbers, "i32")
-    constexprs = CONSTANTS | {"PDL": True}
+    constexprs = CONSTANTS | {"UNIT": reference.UNIT, "PDL": True}
     yield Aot(_plan, signature, constexprs, 4, 3, ("plan",))
     without = {name: kind for name, kind in signature.items() if name != "prefixes"}
     yield Aot(_plan, without, constexprs | {"prefixes": None}, 4, 3, ("plan",))
 
 
 @plan_decode.kernel(needs="sm80", aot=_aot)
-def ranks(kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window):
+def ranks(kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window, unit=reference.UNIT):
     num_seqs = kv_lens.shape[0]
     assert kv_lens.is_contiguous() and (prefixes is None or prefixes.is_contiguous())
     room = extent(num_seqs, num_queries, num_heads, num_kv_heads, prefixes is not None and not window)
@@ -198,6 +197,7 @@ def ranks(kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window):
         room.num_own,
         room.counters_at,
         room.length,
+        UNIT=unit,
         **CONSTANTS,
         num_warps=4,
         **overlap.launch(),

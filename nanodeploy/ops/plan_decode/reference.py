@@ -6,7 +6,7 @@ from torch import Tensor
 from nanodeploy.ops import machine
 from nanodeploy.ops.registry import op
 
-UNIT = 128  # tokens; stretches of a context begin and end at multiples
+UNIT = 128  # tokens; stretches of a context begin and end at multiples, where the caller names no other
 MIN_SHARED = 256  # tokens that a group must share to be worth a second round
 TILE_ROWS = 64  # query rows of one kv head that go over a shared prefix together
 PROGRAMS_PER_SM = 2  # of decode_attention; what its shared memory has room for
@@ -64,12 +64,18 @@ def cut(num_units: int, longest: int) -> tuple[int, int]:
 
 
 @op(
-    out=lambda kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window: kv_lens.new_empty(
+    out=lambda kv_lens, prefixes, num_queries, num_heads, num_kv_heads, window, unit=UNIT: kv_lens.new_empty(
         extent(kv_lens.shape[0], num_queries, num_heads, num_kv_heads, prefixes is not None and not window).length
     )
 )
 def plan_decode(
-    kv_lens: Tensor, prefixes: Tensor | None, num_queries: int, num_heads: int, num_kv_heads: int, window: int
+    kv_lens: Tensor,
+    prefixes: Tensor | None,
+    num_queries: int,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int,
+    unit: int = UNIT,
 ) -> Tensor:
     """How the work of decode_attention is cut, once for all layers of a step that have this window.
 
@@ -84,7 +90,7 @@ def plan_decode(
     Slots: shared item i has `tile` from i * tile on, then come the own items with one each. PLACES of a sequence: slot
     and number of its own items; slot of its part of its first shared item, and the number of these.
 
-    A context is cut in units of UNIT tokens, from position 0, into stretches of equal length such that all sequences
+    A context is cut in units of `unit` tokens, from position 0, into stretches of equal length such that all sequences
     together make about `target` items; the longest stretches come first. Where a group of two or more rows shares
     MIN_SHARED tokens or more, up to `tile` of its sequences at a time go over these together, and their own items hold
     what follows. A window leaves out what no query of the sequence sees.
@@ -96,10 +102,10 @@ def plan_decode(
     shared = [num if sizes[leader] > 1 and num >= MIN_SHARED else 0 for leader, num in groups]
     hidden = [max(0, kv_len - num_queries + 1 - window) if window else 0 for kv_len in lens]
     begins = [min(kv_len, max(pair)) for kv_len, *pair in zip(lens, hidden, shared)]
-    firsts = [begin // UNIT for begin in begins]
-    units = [max(0, -(-kv_len // UNIT) - first) for kv_len, first in zip(lens, firsts)]
+    firsts = [begin // unit for begin in begins]
+    units = [max(0, -(-kv_len // unit) - first) for kv_len, first in zip(lens, firsts)]
     leads = [seq for seq in range(len(lens)) if shared[seq] and (seq - groups[seq][0]) % room.tile == 0]
-    shared_units = [-(-shared[seq] // UNIT) for seq in leads]
+    shared_units = [-(-shared[seq] // unit) for seq in leads]
     longest = max(1, -(-(sum(units) + sum(shared_units)) // room.target))
 
     items = [[0] * FIELDS for _ in range(room.num_items)]
@@ -110,8 +116,8 @@ def plan_decode(
         members = [s for s in range(lead, min(lead + room.tile, len(lens))) if groups[s][0] == groups[lead][0]]
         for member, seq in enumerate(members):
             places[seq][2:] = at * room.tile + member, count
-        for begin in range(0, count * per_stretch * UNIT, per_stretch * UNIT):
-            end = min(begin + per_stretch * UNIT, shared[lead])
+        for begin in range(0, count * per_stretch * unit, per_stretch * unit):
+            end = min(begin + per_stretch * unit, shared[lead])
             items[at] = [lead, len(members), begin, end, at * room.tile, 0, 0, 0]
             at += 1
     cuts = [cut(num_units, longest) for num_units in units]
@@ -122,8 +128,8 @@ def plan_decode(
         places[seq][:2] = slot, count
         direct = count == 1 and not shared[seq]
         for i in range(count):
-            begin = max(begins[seq], (firsts[seq] + i * per_stretch) * UNIT)
-            end = min(lens[seq], (firsts[seq] + (i + 1) * per_stretch) * UNIT)
+            begin = max(begins[seq], (firsts[seq] + i * per_stretch) * unit)
+            end = min(lens[seq], (firsts[seq] + (i + 1) * per_stretch) * unit)
             items[at] = [seq, 1, begin, end, -1 if direct else slot + i, slot, count, 0]
             at += 1
     numbers = [n for item in items for n in item] + ([n for place in places for n in place] if room.shares else [])

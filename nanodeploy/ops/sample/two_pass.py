@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanodeploy.config import triton_interpret
 from nanodeploy.ops.registry import Aot
 from nanodeploy.ops.sample.reference import LARGEST, MIN_TEMPERATURE, sample
 
@@ -45,21 +46,55 @@ def _order(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _noise(seed, position, blocks):
-    """Gumbel noise of the four tokens of each Philox block, [*blocks.shape, 2, 2]; `gumbel` in reference.py defines it.
+def _uniform(seed, position, blocks):
+    """The four numbers u of each Philox block, [*blocks.shape, 2, 2]; `gumbel` in reference.py defines them.
 
-    The inner logarithm is a series near 0, where 1 - u would lose the digits that matter.
+    Written out, not tl.philox: a product of 64 bits is one instruction, its two halves by themselves are two.
     """
-    low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
-    a, b, c, d = tl.philox(
-        seed, blocks, tl.zeros_like(blocks), low + tl.zeros_like(blocks), high + tl.zeros_like(blocks)
-    )
+    wide = tl.zeros_like(blocks).to(tl.uint64)
+    a, b = blocks.to(tl.uint32), wide.to(tl.uint32)
+    c, d = (position.to(tl.uint64) + wide).to(tl.uint32), ((position >> 32).to(tl.uint64) + wide).to(tl.uint32)
+    k, l = seed.to(tl.uint64).to(tl.uint32), (seed >> 32).to(tl.uint64).to(tl.uint32)
+    for _ in tl.static_range(10):
+        first, second = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, b, c, d = (
+            (second >> 32).to(tl.uint32) ^ b ^ k,
+            second.to(tl.uint32),
+            (first >> 32).to(tl.uint32) ^ d ^ l,
+            first.to(tl.uint32),
+        )
+        k, l = (k.to(tl.uint64) + 0x9E3779B9).to(tl.uint32), (l.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     r = tl.join(tl.join(a, c), tl.join(b, d))
-    u = tl.minimum((r.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return tl.minimum((r.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+
+
+@triton.jit
+def _gumbel(u):
+    """The noise -log(-log(1 - u)). The inner logarithm is a series near 0, where 1 - u would lose the digits that
+    matter."""
     series = 1 / 8
     for n in tl.static_range(7, 0, -1):
         series = series * u + 1 / n
     return -tl.log(tl.where(u < 0.125, series * u, -tl.log(1 - u)))
+
+
+@triton.jit
+def _bound(u, INTERPRETED: tl.constexpr):
+    """A little more than the noise: the inner logarithm's series cut short, the outer one the hardware's."""
+    short = u * (1 + u * (1 / 2 + u * (1 / 3)))
+    if INTERPRETED:
+        log2 = tl.log2(short)
+    else:
+        log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [short], tl.float32, True, 1)
+    return log2 * -0.6931471805599453
+
+
+@triton.jit
+def _exact(x, token, t, seed, position):
+    """The score of one token with logit x."""
+    four = tl.reshape(_uniform(seed, position, token // 4 + tl.zeros((1,), tl.int32)), (4,))
+    u = tl.sum(tl.where(tl.arange(0, 4) == token % 4, four, 0.0), axis=0)
+    return x * (1 / t) + _gumbel(u)
 
 
 @triton.jit
@@ -71,7 +106,7 @@ def _filtered(t, k, p, floor, vocab_size):
 def _survey(
     logits, temperature, top_k, top_p, min_p, seeds, positions, chunk_best, chunk_token, group_max, group_sum,
     stride, vocab_size, num_chunks,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -86,14 +121,28 @@ def _survey(
         tl.store(group_max + groups, largest)
         tl.store(group_sum + groups, tl.sum(tl.exp((grouped - safe[:, None]) * (1 / t)), axis=1))
     else:
-        score = x
         if t >= _MIN_TEMPERATURE:
+            # The true noise costs several times its bound: it is worked out for the token with the best bound only,
+            # and for all of them in the rare chunk where another bound comes near that token's score.
+            seed, position = tl.load(seeds + row), tl.load(positions + row)
             blocks = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
-            noise = _noise(tl.load(seeds + row), tl.load(positions + row), blocks)
-            score = x * (1 / t) + tl.reshape(noise, (CHUNK,))
-        best = tl.max(score, axis=0)
+            u = tl.reshape(_uniform(seed, position, blocks), (CHUNK,))
+            bound = x * (1 / t) + _bound(u, INTERPRETED)
+            bound = tl.where(x == float("-inf"), float("-inf"), bound)
+            _, at = tl.max(bound, axis=0, return_indices=True)
+            token = chunk * CHUNK + at
+            mine = _clean(tl.load(logits + row * stride + token, mask=token < vocab_size, other=float("-inf")))
+            best = _exact(mine, token, t, seed, position)
+            rival = tl.max(tl.where(tokens == token, float("-inf"), bound), axis=0)
+            if (rival > float("-inf")) & (rival + 1e-5 * (64 + tl.abs(rival)) >= best):
+                score = x * (1 / t) + _gumbel(u)
+                best = tl.max(score, axis=0)
+                token = tl.min(tl.where(score == best, tokens, _NO_TOKEN), axis=0)
+        else:
+            best = tl.max(x, axis=0)
+            token = tl.min(tl.where(x == best, tokens, _NO_TOKEN), axis=0)
         tl.store(chunk_best + row * num_chunks + chunk, best)
-        tl.store(chunk_token + row * num_chunks + chunk, tl.min(tl.where(score == best, tokens, _NO_TOKEN), axis=0))
+        tl.store(chunk_token + row * num_chunks + chunk, token)
 
 
 @triton.jit
@@ -116,7 +165,7 @@ def _mass(x, top, t):
 def _best(x, tokens, group, least, floor, top, t, seed, position, SHIFT: tl.constexpr, GROUP: tl.constexpr):
     """The best perturbed logit of a tile that passes the filters, and its token."""
     blocks = group[:, None] * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]
-    noise = tl.reshape(_noise(seed, position, blocks), x.shape)
+    noise = _gumbel(tl.reshape(_uniform(seed, position, blocks), x.shape))
     kept = (_order(x, SHIFT) >= least) & ((x - top) / t >= floor)
     score = tl.where(kept, x / t + noise, float("-inf"))
     best = tl.max(score)
@@ -245,7 +294,7 @@ def _aot():
         signature = tensors | {"logits": name}
         divisible = (*tensors, "stride", "vocab_size")
         yield Aot(
-            _survey, signature | sizes, {"CHUNK": CHUNK, "GROUP": GROUP},
+            _survey, signature | sizes, {"CHUNK": CHUNK, "GROUP": GROUP, "INTERPRETED": False},
             num_warps=8, divisible=divisible, wants=("ld.v4",),
         )  # fmt: skip
         yield Aot(
@@ -274,7 +323,9 @@ def two_pass(logits, temperature, top_k, top_p, min_p, seeds, positions):
         candidates = fresh(num_seqs, num_groups, dtype=torch.int32)
         rows = (logits, temperature, top_k, top_p, min_p, seeds, positions, *chunks, *groups)
         sizes = (logits.stride(0), vocab_size, num_chunks)
-        _survey[(num_chunks, num_seqs)](*rows, *sizes, CHUNK=CHUNK, GROUP=GROUP, num_warps=8)
+        _survey[(num_chunks, num_seqs)](
+            *rows, *sizes, CHUNK=CHUNK, GROUP=GROUP, INTERPRETED=triton_interpret(), num_warps=8
+        )
         _finish[(num_seqs,)](
             *rows, candidates, out, *sizes,
             GROUP=GROUP, CHUNK=CHUNK, TILE=TILE, CHUNKS=triton.next_power_of_2(num_chunks),

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+causal_conv = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+gdn_scan = room(__name__)

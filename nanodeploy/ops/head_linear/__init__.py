@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+head_linear = room(__name__)

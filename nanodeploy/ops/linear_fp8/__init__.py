@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+linear_fp8 = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+mask_logits = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+mla_prefill = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+moe_align = room(__name__)

@@ -1,0 +1,3 @@
+from nanodeploy.ops.registry import room
+
+moe_gemm = room(__name__)
