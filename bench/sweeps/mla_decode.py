@@ -27,7 +27,7 @@ DEFAULT = [
 
 def contenders(case: cases.Case) -> Iterator[tuple[str, Callable[..., Any]]]:
     """(name, the call), the shipped configuration of planned first."""
-    for config in configs(block_rows(case.num_rows), case.fp8):
+    for config in configs(block_rows(case.num_rows)):
         yield f"planned {config}", functools.partial(launch, config=config)
     for name, kernel in mla_decode.kernels.items():
         ours = name != "planned" and kernel.needs != "cpu"

@@ -25,7 +25,10 @@ OPS: dict[str, "Op"] = {}
 CHOICES = Path(__file__).parent / "choices"
 
 # Vendor packages built from their own sources, and which. PyPI's projects of these names are other people's.
-SOURCES = {"deep_gemm": "github.com/deepseek-ai/DeepGEMM at v2.1.1.post3 (c9f8b34)"}
+SOURCES = {
+    "deep_gemm": "github.com/deepseek-ai/DeepGEMM at v2.1.1.post3 (c9f8b34)",
+    "flash_mla": "github.com/deepseek-ai/FlashMLA at 9241ae3ef9bac614dd25e45e507e089f888280e0",
+}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from nanodeploy.ops.registry import Aot
 from nanodeploy.ops.running_softmax import LOG2_E, places
 
 NEVER = tl.constexpr(-1e30)  # below every score; finite, so that what saw nothing has a difference of 0 to itself
-MERGED = 8  # partial results that are on their way at a time while they are merged
 
 
 # One compilation for any batch and any slice of its rows.
@@ -65,7 +64,7 @@ def _attend(
     PDL: tl.constexpr,
 ):
     """Program (tile of rows, item). latents, scales, keys, RANK to PAGE: as load_tokens has them. STRIDE: rows from one
-    tile to the next. MASKED: not every row sees every token of its item."""
+    tile to the next. MASKED: not every row sees every token of its item; with 64 rows each tile finds out."""
     go(PDL)
     wait(PDL)
     item = plan + tl.program_id(1) * FIELDS
@@ -91,7 +90,9 @@ def _attend(
         mask=present[:, None] & (rope_columns < R)[None, :],
         other=0.0,
     )
-    limits = tl.load(kv_lens + seq) - num_queries + rows // num_heads  # the last position that each row sees
+    before = tl.load(kv_lens + seq) - num_queries
+    limits = before + rows // num_heads  # the last position that each row sees
+    full = tl.minimum(end, before + 1)  # every row sees all that is before
     table = page_table + seq.to(tl.int64) * stride_table
     highest = tl.full([ROWS], NEVER, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -103,11 +104,21 @@ def _attend(
         at = page * stride_page + offset * SLOT
         latent, key = load_tokens(latents, scales, keys, at, valid, 0, WIDTH, RANK, R, ROPE, UNIT, KIND)
         scores = tl.dot(queries, latent.T, input_precision="ieee")
-        scores = tl.dot(rotated, key.T, scores, input_precision="ieee") * scale_log2
-        seen = valid[None, :]
-        if MASKED:
-            seen = seen & (tokens[None, :] <= limits[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        if ROWS >= 64:
+            # Triton gives a product that it sees feed another one axis of warps, which with 64 rows would be each score
+            # twice. It does not see through an `if` (mla_prefill/absorbed.py).
+            if start + TILE > full:
+                scores = tl.where(tokens[None, :] <= limits[:, None], scores, float("-inf"))
+            scores = tl.dot(rotated, key.T, scores, input_precision="ieee")
+            if start + TILE > full:
+                scores = tl.where(valid[None, :], scores, float("-inf"))
+            scores *= scale_log2
+        else:
+            scores = tl.dot(rotated, key.T, scores, input_precision="ieee") * scale_log2
+            seen = valid[None, :]
+            if MASKED:
+                seen = seen & (tokens[None, :] <= limits[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
         risen = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - risen[:, None])
         shrink = tl.exp2(highest - risen)
@@ -125,49 +136,67 @@ def _attend(
         tl.store(lse + to_row, highest + tl.log2(total), mask=present)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# One compilation for any batch.
+@triton.jit(do_not_specialize=["num_rows", "num_items"])
 def _merge(
     plan,
     out,
     partial,
     lse,
     num_rows,
+    num_items,
     RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    MERGED: tl.constexpr,
     FIELDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, item): the softmax-weighted mean over a sequence's items, if this is the first of several."""
+    """Program (ROWS rows, WIDTH columns, sequence): the softmax-weighted mean over the sequence's items, if it has
+    several, PARTS of them at a time."""
     go(PDL)
     wait(PDL)
-    item = plan + tl.program_id(1) * FIELDS
-    num_own = tl.load(item + 6)
-    own_slot = tl.load(item + 5)
-    if (tl.load(item + 1) == 0) | (num_own < 2) | (tl.load(item + 4) != own_slot):
+    seq = tl.program_id(2)
+    own_slot = -1
+    num_own = 0
+    for first in range(0, num_items, 256):  # programs over items instead would be many, and most of them for nothing
+        at = first + tl.arange(0, 256)
+        there = at < num_items
+        items = plan + at * FIELDS
+        mine = (tl.load(items, mask=there, other=-1) == seq) & (tl.load(items + 1, mask=there, other=0) > 0)
+        own_slot = tl.maximum(own_slot, tl.max(tl.load(items + 5, mask=mine, other=-1), 0))
+        num_own = tl.maximum(num_own, tl.max(tl.load(items + 6, mask=mine, other=0), 0))
+    if num_own < 2:
         return
-    seq = tl.load(item).to(tl.int64)
-    row = tl.program_id(0)
-    columns = tl.arange(0, WIDTH)
-    highest = tl.full([1], NEVER, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    mixed = tl.zeros([WIDTH], tl.float32)
-    for first in range(0, num_own, MERGED):
-        parts = first + tl.arange(0, MERGED)
-        there = parts < num_own
-        at = (own_slot + parts).to(tl.int64) * num_rows + row
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    highest = tl.full([ROWS], NEVER, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, num_own, PARTS):
+        parts = first + tl.arange(0, PARTS)
+        there = (parts < num_own)[:, None] & (rows < num_rows)[None, :]
+        at = (own_slot + parts).to(tl.int64)[:, None] * num_rows + rows[None, :]
         logs = tl.load(lse + at, mask=there, other=float("-inf"))
-        where = partial + at[:, None] * RANK + columns[None, :]
-        results = tl.load(where, mask=there[:, None] & (columns < RANK)[None, :], other=0.0)
+        where = partial + at[:, :, None] * RANK + columns[None, None, :]
+        results = tl.load(where, mask=there[:, :, None] & (columns < RANK)[None, None, :], other=0.0)
         risen = tl.maximum(highest, tl.max(logs, 0))
-        weights = tl.exp2(logs - risen)
+        weights = tl.exp2(logs - risen[None, :])
         shrink = tl.exp2(highest - risen)
         total = total * shrink + tl.sum(weights, 0)
-        mixed = mixed * shrink + tl.sum(results * weights[:, None], 0)
+        mixed = mixed * shrink[:, None] + tl.sum(results * weights[:, :, None], 0)
         highest = risen
-    result = mixed / tl.where(total == 0, 1.0, total)
-    to = out + (seq * num_rows + row) * RANK + columns
-    tl.store(to, result.to(out.dtype.element_ty), mask=columns < RANK)
+    result = mixed / tl.where(total == 0, 1.0, total)[:, None]
+    to = out + (seq.to(tl.int64) * num_rows + rows)[:, None] * RANK + columns[None, :]
+    inside = (rows < num_rows)[:, None] & (columns < RANK)[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=inside)
+
+
+def merging(num_seqs: int, num_rows: int, width: int) -> dict[str, int]:
+    """How a program of `_merge` takes its share: few sequences have many items each, and few programs to merge them."""
+    if num_seqs * num_rows <= 512:
+        return {"PARTS": 32, "ROWS": 1, "WIDTH": min(width, 128)}
+    return {"PARTS": 4, "ROWS": 2, "WIDTH": width}
 
 
 @dataclass(frozen=True)
@@ -179,17 +208,16 @@ class Config:
     num_stages: int  # Triton halves it, as the page id's load comes before the page's: 5 gives 2 tiles in flight
 
 
-def pick(rows: int, fp8: bool) -> Config:
-    """The configuration for a product of `rows` rows. On an H200, latents of 512, 16 heads, B64 ctx4096: 91 us in bf16,
-    181 us in fp8, whatever fp8's few spills; eight warps spill nothing and take 113 and 270 us."""
+def pick(rows: int) -> Config:
+    """The configuration for a product of `rows` rows with latents of 512; NOTES.md has what was measured."""
     if rows < TILE_ROWS:
         return Config(32, 4, 5)
-    return Config(64, 8, 2) if fp8 else Config(32, 8, 5)
+    return Config(64, 8, 2)
 
 
-def configs(rows: int, fp8: bool) -> list[Config]:
+def configs(rows: int) -> list[Config]:
     """What a sweep tries; the first is `pick`'s."""
-    shipped = pick(rows, fp8)
+    shipped = pick(rows)
     tried = [Config(*c) for c in ((32, 4, 5), (32, 8, 5), (64, 8, 5), (16, 4, 9), (64, 8, 2), (32, 8, 3))]
     return [shipped, *(c for c in tried if c != shipped)]
 
@@ -215,7 +243,7 @@ def launch(q, q_rope, pages, page_table, kv_lens, plan, scale, *, config: Config
     assert plan.shape[0] == room.length and plan.is_contiguous(), "the plan of another batch"
     shape = dims(rank, rope_dim, pages)
     rows = block_rows(num_rows)
-    config = config or pick(rows, pages.dtype == torch.uint8)
+    config = config or pick(rows)
     partial = torch.empty((room.num_slots, num_rows, rank), dtype=torch.float32, device=q.device)
     lse = torch.empty((room.num_slots, num_rows), dtype=torch.float32, device=q.device)
     _attend[(tiles, room.num_items)](
@@ -244,17 +272,18 @@ def launch(q, q_rope, pages, page_table, kv_lens, plan, scale, *, config: Config
         **shape,
         **overlap.launch(),
     )
-    _merge[(num_rows, room.num_items)](
+    share = merging(num_seqs, num_rows, shape["WIDTH"])
+    _merge[(triton.cdiv(num_rows, share["ROWS"]), triton.cdiv(rank, share["WIDTH"]), num_seqs)](
         plan,
         out,
         partial,
         lse,
         num_rows,
+        room.num_items,
         RANK=rank,
-        WIDTH=shape["WIDTH"],
-        MERGED=MERGED,
         FIELDS=FIELDS,
         num_warps=4,
+        **share,
         **overlap.launch(),
     )
     return out
@@ -265,7 +294,7 @@ def _aot():
     integers = ("num_queries", "num_heads", *rope_strides, "stride_page", "stride_table")
     indices = dict.fromkeys(("page_table", "kv_lens", "plan"), "*i32")
     for fp8, rows in ((False, 16), (False, 64), (True, 16), (True, 64)):
-        config = pick(rows, fp8)
+        config = pick(rows)
         pointers = {"q": "*bf16", "q_rope": "*bf16", "latents": "*fp8e4nv" if fp8 else "*bf16", "keys": "*bf16"}
         pointers |= {"out": "*bf16", "partial": "*fp32", "lse": "*fp32"} | ({"scales": "*fp32"} if fp8 else {})
         constexprs = {"RANK": 512, "R": 64, "WIDTH": 512, "ROPE": 64, "UNIT": 16, "SLOT": 41 if fp8 else 72, "PAGE": 64}
@@ -278,11 +307,16 @@ def _aot():
             config.num_warps,
             divisible=(*pointers, *rope_strides, "stride_page"),
             wants=("wgmma" if rows == 64 else "mma", "cp.async"),
-            max_spills=64 if fp8 else 0,
+            max_spills=160 if fp8 == (rows == 16) else 0,  # none in the loop
         )
-    merging = {"plan": "*i32", "out": "*bf16", "partial": "*fp32", "lse": "*fp32", "num_rows": "i32"}
-    constexprs = {"RANK": 512, "WIDTH": 512, "MERGED": MERGED, "FIELDS": FIELDS, "PDL": True}
-    yield Aot(_merge, merging, constexprs, 4, divisible=("out", "partial", "lse"))
+    pointers = {"plan": "*i32", "out": "*bf16", "partial": "*fp32", "lse": "*fp32"}
+    for num_seqs in (1, 64):
+        constexprs = {"RANK": 512, "FIELDS": FIELDS, "PDL": True, **merging(num_seqs, 16, 512)}
+        yield Aot(
+            *(_merge, pointers | {"num_rows": "i32", "num_items": "i32"}, constexprs, 4),
+            divisible=("out", "partial", "lse"),
+            wants=("ld.v4",),
+        )
 
 
 @mla_decode.kernel(needs="sm80", when=takes, aot=_aot)
